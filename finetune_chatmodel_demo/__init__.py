@@ -1,0 +1,1 @@
+"""Fine-tune ChatGLM3 on your own conversations: model, data, training and inference."""
