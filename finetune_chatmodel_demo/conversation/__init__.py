@@ -1,0 +1,34 @@
+"""From data files to rows of token ids: reading and validating records, rendering, truncating, collating.
+
+This room stands on the ground: it is handed a tokenizer and knows no model. See `inspect_data.py`.
+"""
+
+from finetune_chatmodel_demo.conversation.records import (
+    RecordError,
+    RecordFile,
+    read_records,
+    validate_conversation,
+    validate_input_output,
+)
+from finetune_chatmodel_demo.conversation.rendering import (
+    IGNORED_LABEL,
+    Rendering,
+    parse_reply,
+    render_conversation,
+    render_input_output,
+    render_prompt,
+)
+
+__all__ = [
+    "IGNORED_LABEL",
+    "RecordError",
+    "RecordFile",
+    "Rendering",
+    "parse_reply",
+    "read_records",
+    "render_conversation",
+    "render_input_output",
+    "render_prompt",
+    "validate_conversation",
+    "validate_input_output",
+]

@@ -1,0 +1,238 @@
+"""Records of a data file: read lazily, validated one by one, every fault named with file, line and key.
+
+Two kinds: `multi-turn`, `{"tools": [...]?, "conversations": [{"role", "content", "loss"?}, ...]}`, and
+`input-output`, `{"prompt", "response"}`. Other keys are ignored. Look at a file with `inspect_data.py`.
+"""
+
+import difflib
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from finetune_chatmodel_demo.conversation.json_files import (
+    Located,
+    RecordError,
+    detect_encoding,
+    is_array,
+    iterate_values,
+)
+
+__all__ = ["RecordError", "RecordFile", "read_records", "validate_conversation", "validate_input_output"]
+
+ROLES = ("system", "user", "assistant", "tool", "observation")
+# What other data formats call our keys and roles; spelling mistakes are found by likeness instead.
+KEY_ALIASES = {
+    "conversations": ("messages", "dialogue", "dialog", "history", "chat", "turns"),
+    "role": ("from", "speaker", "sender"),
+    "content": ("value", "text", "message"),
+    "prompt": ("instruction", "input", "question", "query", "source", "content"),
+    "response": ("output", "answer", "reply", "completion", "target", "summary"),
+    "name": ("tool", "function"),
+    "parameters": ("arguments", "args", "params"),
+    "observation": ("result", "output", "response"),
+}
+ROLE_ALIASES = {
+    "human": "user",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "ai": "assistant",
+    "model": "assistant",
+}
+OPTIONAL_KEYS = ("tools", "loss")
+KNOWN_KEYS = frozenset(KEY_ALIASES) | frozenset(OPTIONAL_KEYS) | {"metadata", "column"}
+MAX_BAD_MESSAGES = 20
+
+logger = logging.getLogger(__name__)
+
+
+def read_records(
+    path: str | Path,
+    kind: Literal["multi-turn", "input-output"] = "multi-turn",
+    on_bad_record: Literal["error", "skip"] = "error",
+) -> "RecordFile":
+    """Opens a data file for lazy, validated reading.
+
+    Args:
+        path: JSON array or JSON lines (pretty-printed or not) in UTF-8, UTF-8 with BOM or GBK.
+        kind: Which keys a record has.
+        on_bad_record: "error" raises at the first bad record, "skip" counts it and goes on.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        RecordError: While iterating: a bad record (with "error"), no good record, an unreadable file.
+    """
+    if kind not in REQUIRED_KEYS:
+        raise ValueError(f"kind {kind!r} is unknown; use {' or '.join(REQUIRED_KEYS)}")
+    if on_bad_record not in ("error", "skip"):
+        raise ValueError(f"on_bad_record {on_bad_record!r} is unknown; use error or skip")
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"data file {path} does not exist or is not a file (current folder: {Path.cwd()})"
+        )
+    return RecordFile(Path(path), kind, on_bad_record)
+
+
+class RecordFile:
+    """The validated records of one file. Iterate as often as needed; each pass reads the file anew.
+
+    Attributes:
+        path: The file.
+        bad_count: Bad records that the latest pass skipped.
+        bad_messages: What was wrong with the first of them (at most MAX_BAD_MESSAGES).
+    """
+
+    def __init__(self, path: Path, kind: str, on_bad_record: str):
+        self.path, self.kind, self.on_bad_record = path, kind, on_bad_record
+        self.bad_count, self.bad_messages = 0, []
+        self._is_array: bool | None = None
+        self._seen_keys: set[str] = set(KNOWN_KEYS)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for located in self.iterate_located():
+            yield located.value
+
+    def iterate_located(self) -> Iterator[Located]:
+        """Like iterating, with the number and the line of each record."""
+        self.bad_count, self.bad_messages = 0, []
+        validate = validate_conversation if self.kind == "multi-turn" else validate_input_output
+        good_count = 0
+        for located in iterate_values(self.path, REQUIRED_KEYS[self.kind]):
+            try:
+                if located.problem is not None:
+                    raise RecordError(f"{self.where(located.number, located.line)}: {located.problem}")
+                validate(located.value, self.where(located.number, located.line))
+            except RecordError as error:
+                if self.on_bad_record == "error":
+                    raise
+                self.bad_count += 1
+                if len(self.bad_messages) < MAX_BAD_MESSAGES:
+                    self.bad_messages.append(str(error))
+                continue
+            good_count += 1
+            self._warn_of_near_misses(located)
+            yield located
+        if self.bad_count and not good_count:
+            raise RecordError(
+                f"all {self.bad_count} records of {self.path} are bad; the first: {self.bad_messages[0]}"
+            )
+        if not good_count:
+            raise RecordError(
+                f"{self.path} is empty; expected {RECORD_FORMS[self.kind]}, one a line or in an array"
+            )
+
+    def where(self, number: int, line: int) -> str:
+        """Names the place of a record: by its line, in an array also by its number."""
+        if self._is_array is None:
+            with open(self.path, encoding=detect_encoding(self.path)) as file:
+                self._is_array = is_array(file)
+        return f"{self.path} record {number} (line {line})" if self._is_array else f"{self.path} line {line}"
+
+    def _warn_of_near_misses(self, located: Located) -> None:
+        """An optional key that is misspelt would be ignored in silence: says so, once a key."""
+        messages = located.value.get("conversations", ())
+        for key in set(located.value).union(*messages) - self._seen_keys:
+            self._seen_keys.add(key)
+            for meant in difflib.get_close_matches(key.lower(), OPTIONAL_KEYS, n=1, cutoff=0.8):
+                where = self.where(located.number, located.line)
+                logger.warning("%s: key %r is ignored; did you mean %r?", where, key, meant)
+
+
+def validate_conversation(record: Any, where: str) -> None:
+    """Checks a multi-turn record.
+
+    Args:
+        record: What the file held.
+        where: Its place, for the message.
+
+    Raises:
+        RecordError: Says the place, the key, what was expected and what was found.
+    """
+    _require_object(record, where, RECORD_FORMS["multi-turn"])
+    messages = _require(record, "conversations", list, where)
+    if not messages:
+        raise RecordError(f"{where}: 'conversations' is empty; expected at least one message")
+    if record.get("tools") is not None:
+        _require(record, "tools", list, where)
+        _require_text(record["tools"], "tools", where)
+    for index, message in enumerate(messages):
+        _validate_message(message, f"{where}: conversations[{index}]")
+
+
+def validate_input_output(record: Any, where: str) -> None:
+    """Checks an input-output record. Arguments and errors are those of `validate_conversation`."""
+    _require_object(record, where, RECORD_FORMS["input-output"])
+    for key in ("prompt", "response"):
+        _require_text(_require(record, key, str, where), key, where)
+
+
+def _validate_message(message: Any, where: str) -> None:
+    _require_object(message, where, '{"role": ..., "content": ...}')
+    role = _require(message, "role", str, where)
+    if role not in ROLES:
+        meant = ROLE_ALIASES.get(role.lower()) or next(
+            iter(difflib.get_close_matches(role.lower(), ROLES, n=1)), None
+        )
+        hint = f"; did you mean {meant!r}?" if meant else ""
+        raise RecordError(
+            f"{where}: role {role!r} is unknown; use {', '.join(ROLES[:-1])} or {ROLES[-1]}{hint}"
+        )
+    if role == "tool":
+        _require_text(_require(message, "name", str, where), "name", where)
+        _require_text(_require(message, "parameters", dict, where), "parameters", where)
+        _require_text(_require(message, "observation", object, where), "observation", where)
+    else:
+        _require_text(_require(message, "content", str, where), "content", where)
+    if message.get("loss") not in (None, True, False):
+        raise RecordError(f"{where}: 'loss' must be true or false, got {_shorten(message['loss'])}")
+    if role == "assistant" and message.get("metadata") is not None:
+        _require(message, "metadata", str, where)
+
+
+def _require_object(value: Any, where: str, form: str) -> None:
+    if not isinstance(value, dict):
+        raise RecordError(f"{where}: expected an object {form}, got {_shorten(value)}")
+
+
+def _require(owner: dict[str, Any], key: str, kind: type, where: str) -> Any:
+    """The value of a key, which must be there and of a kind; guesses which key was meant where it is not."""
+    if key not in owner:
+        found = [name for name in owner if isinstance(name, str)]
+        aliases = [name for name in found if name.lower() in KEY_ALIASES.get(key, ())]
+        near = aliases or difflib.get_close_matches(key, found, n=1)
+        hint = f"; did you mean {key!r} where it says {near[0]!r}?" if near else ""
+        raise RecordError(
+            f"{where}: key {key!r} is missing; found {', '.join(map(repr, found)) or 'no keys'}{hint}"
+        )
+    if not isinstance(owner[key], kind):
+        raise RecordError(f"{where}: {key!r} must be {KIND_NAMES[kind]}, got {_shorten(owner[key])}")
+    return owner[key]
+
+
+def _require_text(value: Any, key: str, where: str) -> None:
+    """Refuses half a surrogate pair (of an emoji that was cut): no tokenizer can encode it."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            half = f"{text[error.start]!r} at character {error.start + 1}"
+            raise RecordError(f"{where}: {key!r} holds {half}, half of a character; remove it") from None
+
+
+def _shorten(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    name = next((name for kind, name in KIND_NAMES.items() if isinstance(value, kind)), "null")
+    return f"{name} {text[:60]}{'...' if len(text) > 60 else ''}" if value is not None else "null"
+
+
+KIND_NAMES = {str: "a string", bool: "a boolean", list: "a list", dict: "an object", (int, float): "a number"}
+REQUIRED_KEYS = {
+    "multi-turn": frozenset({"conversations"}),
+    "input-output": frozenset({"prompt", "response"}),
+}
+RECORD_FORMS = {
+    "multi-turn": '{"conversations": [{"role": ..., "content": ...}, ...]}',
+    "input-output": '{"prompt": ..., "response": ...}',
+}
