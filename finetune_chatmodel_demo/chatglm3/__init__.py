@@ -1,0 +1,52 @@
+
+`AutoModelForCausalLM.from_pretrained(folder)` read official folders without any remote code.
+"""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+)
+
+from finetune_chatmodel_demo.chatglm3.attention import register_prefix_attention
+from finetune_chatmodel_demo.chatglm3.checkpoints import (
+    PrefixConfig,
+    PrefixError,
+    is_prefix_checkpoint,
+    load_prefix,
+    read_prefix_config,
+    save_prefix,
+)
+from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
+from finetune_chatmodel_demo.chatglm3.modeling import (
+    ChatGLM3ForCausalLM,
+    ChatGLM3ForSequenceClassification,
+    ChatGLM3Model,
+)
+from finetune_chatmodel_demo.chatglm3.prefix import PrefixEncoder
+from finetune_chatmodel_demo.chatglm3.weights import register_official_layout
+
+__all__ = [
+    "ChatGLM3Config",
+    "ChatGLM3ForCausalLM",
+    "ChatGLM3ForSequenceClassification",
+    "ChatGLM3Model",
+    "PrefixConfig",
+    "PrefixEncoder",
+    "PrefixError",
+    "is_prefix_checkpoint",
+    "load_prefix",
+    "read_prefix_config",
+    "save_prefix",
+]
+
+register_official_layout()
+register_prefix_attention()
+AutoConfig.register(ChatGLM3Config.model_type, ChatGLM3Config, exist_ok=True)
+# The official auto_map gives the model with its head under all three names.
+AutoModel.register(ChatGLM3Config, ChatGLM3ForCausalLM, exist_ok=True)
+AutoModelForCausalLM.register(ChatGLM3Config, ChatGLM3ForCausalLM, exist_ok=True)
+AutoModelForSeq2SeqLM.register(ChatGLM3Config, ChatGLM3ForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(ChatGLM3Config, ChatGLM3ForSequenceClassification, exist_ok=True)

@@ -1,0 +1,117 @@
+"""The two functions with which everything else gets its tokenizer and its model."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, BitsAndBytesConfig
+
+from finetune_chatmodel_demo.chatglm3.checkpoints import load_prefix, read_prefix_config
+from finetune_chatmodel_demo.chatglm3.modeling import ChatGLM3ForCausalLM
+from finetune_chatmodel_demo.chatglm3.tokenizer import ChatGLMTokenizer
+
+DOWNLOAD_HINT = "THUDM/README.md says how to get the weights and how to check them."
+
+
+def load_tokenizer(path: str | Path) -> ChatGLMTokenizer:
+    """The tokenizer of a model folder, or of a hub name.
+
+    Raises:
+        FileNotFoundError: when the folder has no `tokenizer.model`.
+    """
+    _check_folder(path, "tokenizer.model")
+    return AutoTokenizer.from_pretrained(str(path))
+
+
+def load_model(
+    path: str | Path,
+    *,
+    pt_checkpoint: str | Path | None = None,
+    pre_seq_len: int | None = None,
+    prefix_projection: bool = False,
+    quantization_bit: int | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+) -> ChatGLM3ForCausalLM:
+    """A ChatGLM3 in evaluation mode, with a prefix if asked for.
+
+    Args:
+        path: folder of the official layout (ChatGLM3-6B, -base, -32k, ChatGLM2-6B, or saved here), or a hub name.
+        pt_checkpoint: folder of a trained prefix, of this project or of the original demo. The base is then frozen.
+        pre_seq_len: length of a new N(0, 1) prefix; beside `pt_checkpoint` only a check of its length.
+        prefix_projection: whether an MLP makes the new prefix.
+        quantization_bit: 4 (NF4) or 8 (int8): quantizes the base with bitsandbytes while loading.
+        dtype: of the base; default: bfloat16 where the GPU has it, float16 on other GPUs, float32 on the CPU.
+        device: default: the GPU if there is one, else the CPU.
+
+    Raises:
+        FileNotFoundError: for a folder without configuration or weights.
+        ValueError: for impossible settings, or weights that do not fit the configuration.
+        PrefixError: for a prefix that cannot be read or does not fit (a ValueError).
+    """
+    if quantization_bit not in (None, 4, 8):
+        raise ValueError(f"quantization_bit is {quantization_bit}; use 4 or 8, or leave it out")
+    if pre_seq_len is not None and pre_seq_len < 1:
+        raise ValueError(f"pre_seq_len is {pre_seq_len}; a prefix has at least 1 position")
+    if prefix_projection and pre_seq_len is None and pt_checkpoint is None:
+        raise ValueError("prefix_projection without a prefix: give pre_seq_len as well")
+    if pt_checkpoint is not None:
+        read_prefix_config(pt_checkpoint)  # fails before gigabytes are read
+    _check_folder(path, "config.json")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    quantization = None if quantization_bit is None else _quantization(quantization_bit, _dtype(dtype, device))
+    model, report = ChatGLM3ForCausalLM.from_pretrained(
+        str(path),
+        dtype=_dtype(dtype, device),
+        device_map={"": device} if quantization is not None else None,
+        quantization_config=quantization,
+        output_loading_info=True,
+    )
+    _check_report(path, report)
+    if quantization is None:
+        model = model.to(device)
+    if pt_checkpoint is not None:
+        load_prefix(model, pt_checkpoint, pre_seq_len=pre_seq_len)
+    elif pre_seq_len is not None:
+        model.add_prefix(pre_seq_len, prefix_projection)
+    return model.eval()
+
+
+def _check_folder(path: str | Path, file: str) -> None:
+    """Local folders must hold `file`; anything that is no folder and looks like a hub name is left to the hub."""
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / file).is_file():
+            there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+            raise FileNotFoundError(f"{folder} has no {file} (found: {there}). {DOWNLOAD_HINT}")
+    elif folder.is_absolute() or len(folder.parts) != 2 or str(path).startswith("."):
+        raise FileNotFoundError(f"{folder} is not a folder. {DOWNLOAD_HINT}")
+
+
+def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype | str:
+    if dtype is not None:
+        return dtype
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def _quantization(bits: int, dtype: torch.dtype | str) -> BitsAndBytesConfig:
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _check_report(path: str | Path, report: dict) -> None:
+    """A model whose weights were loaded in part answers nonsense: say what is missing instead."""
+    problems = []
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        keys = sorted(str(key) for key in report.get(kind) or ())
+        if keys:
+            problems.append(f"{kind.replace('_', ' ')}: {', '.join(keys[:5])}{' …' if len(keys) > 5 else ''}")
+    if problems:
+        raise ValueError(f"{path}: the weights do not fit config.json: {'; '.join(problems)}. {DOWNLOAD_HINT}")

@@ -1,0 +1,260 @@
+"""ChatGLM3 on transformers' Glm classes, which are the same architecture, plus the P-Tuning v2 prefix and its loss.
+
+Exercise it with `pytest tests/test_model.py`: the original code's logits, gradients and training trajectories.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Cache, PreTrainedModel
+from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.glm.modeling_glm import GlmForCausalLM, GlmModel, GlmPreTrainedModel
+
+from finetune_chatmodel_demo.chatglm3.attention import PREFIX_ATTENTION, Prefix, cache_with_prefix
+from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
+from finetune_chatmodel_demo.chatglm3.prefix import PrefixEncoder
+
+IGNORED_LABEL = -100
+# Supervised positions whose logits exist at one time: 1,024 × 65,024 × 4 bytes = 254 MiB.
+LOSS_CHUNK = 1024
+
+
+class ChatGLM3PreTrainedModel(GlmPreTrainedModel):
+    """What all ChatGLM3 models share: configuration, official weight names, the attention that knows prefixes."""
+
+    config_class = ChatGLM3Config
+    config: ChatGLM3Config
+    _keep_in_fp32_modules_strict = frozenset({"prefix_encoder"})
+    # The original stores its rotary frequencies; they follow from the configuration.
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]  # noqa: RUF012 - extended in place by transformers
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        is_loaded = getattr(module, "_is_hf_initialized", False)
+        if isinstance(module, PrefixEncoder) and not (
+            is_loaded or getattr(module.embedding.weight, "_is_hf_initialized", False)
+        ):
+            module.reset_parameters()
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
+    ) -> None:
+        """Where every way of switching checkpointing on ends; `use_reentrant=True` would lose the prefix's gradients."""
+        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise ValueError("use_reentrant=True loses the prefix's gradients; leave it out or set it to False.")
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, state_dict: dict | None = None, **kwargs: Any) -> None:
+        """Writes the official layout, with the rotary frequencies that the original code keeps among the weights."""
+        if state_dict is None:
+            state_dict = self.state_dict()
+        frequencies = self.base_model.rotary_emb.inv_freq.to("cpu", self.dtype, copy=True)
+        state_dict = {**state_dict, "model.rotary_emb.inv_freq": frequencies}
+        super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+
+
+class ChatGLM3Model(ChatGLM3PreTrainedModel, GlmModel):
+    """The transformer without a head."""
+
+    def __init__(self, config: ChatGLM3Config) -> None:
+        super().__init__(config)
+        config._attn_implementation = PREFIX_ATTENTION.get(
+            config._attn_implementation, config._attn_implementation
+        )
+        self.prefix_encoder: PrefixEncoder | None = None
+        self.prefix_enabled = True
+        if config.pre_seq_len:
+            self.add_prefix(config.pre_seq_len, config.prefix_projection)
+
+    def add_prefix(self, pre_seq_len: int, prefix_projection: bool = False) -> None:
+        """Puts a new N(0, 1) prefix in front of the model and freezes everything else.
+
+        Raises:
+            ValueError: when there is a prefix already, or `pre_seq_len` is not positive.
+        """
+        if self.prefix_encoder is not None:
+            raise ValueError(f"the model has a prefix of {self.prefix_encoder.length} positions already")
+        if pre_seq_len < 1:
+            raise ValueError(f"pre_seq_len is {pre_seq_len}; a prefix has at least 1 position")
+        self.config.pre_seq_len, self.config.prefix_projection = pre_seq_len, prefix_projection
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+        encoder = PrefixEncoder(self.config).to(self.embed_tokens.weight.device, torch.float32)
+        self.prefix_encoder = encoder.train(self.training)
+        if not self.prefix_encoder.embedding.weight.is_meta:
+            self.prefix_encoder.reset_parameters()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            input_ids: (batch, tokens); or `inputs_embeds` (batch, tokens, hidden).
+            attention_mask: (batch, all tokens so far), 1 where there is text. Not needed where rows are padded on the
+                right only: causal attention never looks there.
+            position_ids: (batch, tokens), from 0 behind the prefix; default: 0, 1, …
+            past_key_values: cache of earlier tokens; text lengths in it do not count the prefix.
+        """
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if self.prefix_encoder is not None and self.prefix_enabled:
+            text = input_ids if inputs_embeds is None else inputs_embeds
+            prefix = self._prefix_of(text, past_key_values)
+            if use_cache or past_key_values is not None:
+                past_key_values = cache_with_prefix(past_key_values, prefix)
+                prefix.keys_values = None
+            kwargs["prefix"] = prefix
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    def _prefix_of(self, text: torch.Tensor, cache: Cache | None) -> Prefix:
+        if self.config._attn_implementation not in PREFIX_ATTENTION.values():
+            raise ValueError(
+                f"attention {self.config._attn_implementation!r} does not know prefixes; load the model with "
+                "attn_implementation='sdpa' or 'eager'"
+            )
+        keys_values = None
+        if cache is None or cache.get_seq_length() == 0:
+            keys_values = self.prefix_encoder(text.shape[0], self.embed_tokens.weight.dtype)
+        return Prefix(self.prefix_encoder.length, keys_values)
+
+
+class PrefixSwitch:
+    """For models with a head: reach the prefix, and switch it off for a while."""
+
+    @property
+    def prefix_encoder(self) -> PrefixEncoder | None:
+        """The trainable prefix, or None."""
+        return self.model.prefix_encoder
+
+    @contextmanager
+    def prefix_disabled(self) -> Iterator[None]:
+        """Within this context the model is its base: the same weights without the prefix."""
+        before, self.model.prefix_enabled = self.model.prefix_enabled, False
+        try:
+            yield
+        finally:
+            self.model.prefix_enabled = before
+
+
+class ChatGLM3ForCausalLM(PrefixSwitch, ChatGLM3PreTrainedModel, GlmForCausalLM):
+    """ChatGLM3 with its language-model head."""
+
+    _tied_weights_keys = None
+
+    def __init__(self, config: ChatGLM3Config) -> None:
+        PreTrainedModel.__init__(self, config)
+        self.model = ChatGLM3Model(config)
+        self.vocab_size = config.padded_vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
+        self.lm_head.requires_grad_(not config.pre_seq_len)
+        self.post_init()
+
+    def add_prefix(self, pre_seq_len: int, prefix_projection: bool = False) -> None:
+        """Puts a new prefix in front of the model and freezes the rest; see `ChatGLM3Model.add_prefix`."""
+        self.model.add_prefix(pre_seq_len, prefix_projection)
+        self.lm_head.requires_grad_(False)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        output_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """
+        Args:
+            labels: (batch, tokens); the id at a position where the loss counts, else -100. Position i is predicted
+                from the text before it.
+            num_items_in_batch: divides the summed loss (the labels of all accumulated batches); default: the labels of
+                this one, a mean.
+            output_logits: whether `logits` are returned; default: only without `labels`, because at 65,024 columns
+                they are most of a training step's memory.
+
+        Returns:
+            `loss` () in float32 with `labels`; `logits` (batch, tokens kept, vocabulary).
+        """
+        if use_cache is None and labels is not None:
+            use_cache = False
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        logits = loss = None
+        if labels is None if output_logits is None else output_logits:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, keep])
+        if labels is not None:
+            loss = self._loss(hidden, labels, num_items_in_batch)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _loss(
+        self, hidden: torch.Tensor, labels: torch.Tensor, num_items_in_batch: int | torch.Tensor | None
+    ) -> torch.Tensor:
+        """Cross-entropy of the supervised positions of (batch, tokens, hidden), their logits in chunks."""
+        targets = labels[:, 1:].to(hidden.device)
+        counts = targets != IGNORED_LABEL
+        hidden, targets = hidden[:, :-1][counts], targets[counts]
+        total = hidden.sum(dtype=torch.float32) * 0  # a row without targets still has a loss, and a graph: zero
+        chunks = list(zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK)))
+        for chunk in chunks:
+            if len(chunks) > 1 and torch.is_grad_enabled():
+                total = total + checkpoint(self._summed_loss, *chunk, use_reentrant=False)
+            else:
+                total = total + self._summed_loss(*chunk)
+        divisor = max(len(targets), 1) if num_items_in_batch is None else num_items_in_batch
+        return total / (divisor.to(total.device) if isinstance(divisor, torch.Tensor) else divisor)
+
+    def _summed_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """(positions, hidden), (positions,) → ()"""
+        return F.cross_entropy(self.lm_head(hidden).float(), targets, reduction="sum")
+
+
+class ChatGLM3ForSequenceClassification(PrefixSwitch, GenericForSequenceClassification, ChatGLM3PreTrainedModel):
+    """ChatGLM3 with a classification head on each row's last token, as the original `classifier_head`."""
+
+    def __init__(self, config: ChatGLM3Config) -> None:
+        PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = ChatGLM3Model(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()

@@ -1,0 +1,93 @@
+"""How official ChatGLM weights map onto transformers' Glm modules, in both directions.
+
+transformers applies the mapping while it loads and reverts it while it saves, so folders of the official layout go in
+and out without a copy of the whole model in memory.
+"""
+
+from typing import Any
+
+import torch
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+
+from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
+
+
+class SplitQueryKeyValue(ConversionOps):
+    """Splits the rows of `query_key_value` into query, key and value.
+
+    The sizes come from the configuration: under DeepSpeed ZeRO-3 the shapes of the parameters are zero.
+    """
+
+    @torch.no_grad()
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        config: ChatGLM3Config,
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
+        """
+        Args:
+            input_dict: one fused tensor, (queries + 2 × groups × channels, hidden) or its bias.
+            target_patterns: the names of query, key and value, in this order.
+        """
+        (tensors,) = input_dict.values()
+        fused = tensors[0] if isinstance(tensors, list) else tensors
+        group_rows = config.multi_query_group_num * config.kv_channels
+        sizes = [config.num_attention_heads * config.kv_channels, group_rows, group_rows]
+        if fused.shape[0] != sum(sizes):
+            raise ValueError(
+                f"query_key_value has {fused.shape[0]} rows; the configuration asks for {sum(sizes)} = {sizes} "
+                "(num_attention_heads × kv_channels + 2 × multi_query_group_num × kv_channels)."
+            )
+        return {name: part.contiguous() for name, part in zip(target_patterns, fused.split(sizes))}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return JoinQueryKeyValue()
+
+
+class JoinQueryKeyValue(ConversionOps):
+    """Reverse of `SplitQueryKeyValue`."""
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        parts = [input_dict[name] for name in source_patterns]
+        return {target_patterns[0]: torch.cat([p[0] if isinstance(p, list) else p for p in parts])}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return SplitQueryKeyValue()
+
+
+def official_layout() -> list[WeightRenaming | WeightConverter]:
+    """The mapping from official names (left) to transformers' (right)."""
+    names = {
+        "transformer.embedding.word_embeddings": "model.embed_tokens",
+        "transformer.encoder.layers": "model.layers",
+        "transformer.encoder.final_layernorm": "model.norm",
+        "transformer.output_layer": "lm_head",
+        "transformer.prefix_encoder": "model.prefix_encoder",
+        "transformer.rotary_pos_emb": "model.rotary_emb",
+        "self_attention.dense": "self_attn.o_proj",
+        "mlp.dense_h_to_4h": "mlp.gate_up_proj",
+        "mlp.dense_4h_to_h": "mlp.down_proj",
+        "classifier_head": "score",
+    }
+    return [
+        *(WeightRenaming(official, ours) for official, ours in names.items()),
+        WeightConverter(
+            "self_attention.query_key_value",
+            [f"self_attn.{part}_proj" for part in "qkv"],
+            operations=[SplitQueryKeyValue()],
+        ),
+    ]
+
+
+def register_official_layout() -> None:
+    """Tells transformers about the mapping (once for each process)."""
+    register_checkpoint_conversion_mapping(ChatGLM3Config.model_type, official_layout(), overwrite=True)
