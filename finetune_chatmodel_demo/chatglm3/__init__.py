@@ -1,4 +1,6 @@
+"""ChatGLM3 in the tree: configuration, model, P-Tuning v2 prefix, tokenizer, and how to load them.
 
+Importing this package registers the classes with transformers, so that `AutoConfig`, `AutoTokenizer`, `AutoModel` and
 `AutoModelForCausalLM.from_pretrained(folder)` read official folders without any remote code.
 """
 

@@ -47,10 +47,14 @@ class ChatGLM3PreTrainedModel(GlmPreTrainedModel):
     ) -> None:
         """Where every way of switching checkpointing on ends; `use_reentrant=True` would lose the prefix's gradients."""
         if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
-            raise ValueError("use_reentrant=True loses the prefix's gradients; leave it out or set it to False.")
+            raise ValueError(
+                "use_reentrant=True loses the prefix's gradients; leave it out or set it to False."
+            )
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
-    def save_pretrained(self, save_directory: Any, *args: Any, state_dict: dict | None = None, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: Any, *args: Any, state_dict: dict | None = None, **kwargs: Any
+    ) -> None:
         """Writes the official layout, with the rotary frequencies that the original code keeps among the weights."""
         if state_dict is None:
             state_dict = self.state_dict()
@@ -234,7 +238,9 @@ class ChatGLM3ForCausalLM(PrefixSwitch, ChatGLM3PreTrainedModel, GlmForCausalLM)
         targets = labels[:, 1:].to(hidden.device)
         counts = targets != IGNORED_LABEL
         hidden, targets = hidden[:, :-1][counts], targets[counts]
-        total = hidden.sum(dtype=torch.float32) * 0  # a row without targets still has a loss, and a graph: zero
+        total = (
+            hidden.sum(dtype=torch.float32) * 0
+        )  # a row without targets still has a loss, and a graph: zero
         chunks = list(zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK)))
         for chunk in chunks:
             if len(chunks) > 1 and torch.is_grad_enabled():
@@ -249,7 +255,9 @@ class ChatGLM3ForCausalLM(PrefixSwitch, ChatGLM3PreTrainedModel, GlmForCausalLM)
         return F.cross_entropy(self.lm_head(hidden).float(), targets, reduction="sum")
 
 
-class ChatGLM3ForSequenceClassification(PrefixSwitch, GenericForSequenceClassification, ChatGLM3PreTrainedModel):
+class ChatGLM3ForSequenceClassification(
+    PrefixSwitch, GenericForSequenceClassification, ChatGLM3PreTrainedModel
+):
     """ChatGLM3 with a classification head on each row's last token, as the original `classifier_head`."""
 
     def __init__(self, config: ChatGLM3Config) -> None:

@@ -54,7 +54,11 @@ class JoinQueryKeyValue(ConversionOps):
 
     @torch.no_grad()
     def convert(
-        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,
     ) -> dict[str, torch.Tensor]:
         parts = [input_dict[name] for name in source_patterns]
         return {target_patterns[0]: torch.cat([p[0] if isinstance(p, list) else p for p in parts])}
