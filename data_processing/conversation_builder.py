@@ -1,0 +1,130 @@
+"""Builds the conversations of one row. What a row becomes depends on its cells, the split and the seed, not on other rows.
+
+Exercised by `python data_processing/data_processing.py`.
+"""
+
+import json
+import random
+from collections.abc import Mapping
+from typing import Any
+
+from data_processing.conversation_template import Phrase, Question, Template
+
+
+def build_conversations(
+    template: Template, row: Mapping[str, str], split: str = "train", seed: int = 42
+) -> list[dict[str, Any]]:
+    """Builds the conversations of one row.
+
+    Args:
+        template: a template whose columns have been checked.
+        row: column name → cell text.
+        split: "train" or "validation"; says which pool of phrasings is asked.
+        seed: another seed draws other turns and wordings. Equal rows with equal seeds give equal conversations.
+
+    Returns:
+        Records `{"conversations": [{"role", "content", "column"?}, …]}`; an assistant message made from a column
+        carries its name. Empty where fewer questions apply to the row than the template's fewest turns.
+    """
+    usable = [i for i, question in enumerate(template.questions) if _applies(template, question, row, split)]
+    fewest, most = template.turns
+    if len(usable) < fewest:
+        return []
+    rng = random.Random(f"{seed}|{split}|{json.dumps(row, ensure_ascii=False)}")
+    times_asked = dict.fromkeys(usable, 0)
+    records = []
+    for _ in range(template.per_row[split]):
+        chosen = _choose_questions(template, rng, times_asked, fewest, most)
+        for i in chosen:
+            times_asked[i] += 1
+        records.append(
+            {
+                "conversations": _write_turns(
+                    template, [template.questions[i] for i in chosen], row, split, rng
+                )
+            }
+        )
+    return records
+
+
+def _choose_questions(
+    template: Template, rng: random.Random, times_asked: Mapping[int, int], fewest: int, most: int
+) -> list[int]:
+    """Draws the optional ones, then takes those asked least so far, so that all columns get their share."""
+    order = list(times_asked)
+    rng.shuffle(order)
+    # Questions that were not drawn stand behind, and only fill a conversation up to `fewest`.
+    drawn = [i for i in order if rng.random() < template.questions[i].probability]
+    rest = [i for i in order if i not in drawn]
+    drawn += rest[: max(0, fewest - len(drawn))]
+    count = rng.randint(fewest, min(most, len(drawn)))
+    chosen = sorted(drawn, key=times_asked.__getitem__)[:count]
+    if template.order == "as_written":
+        return sorted(chosen)
+    rng.shuffle(chosen)
+    return chosen
+
+
+def _write_turns(
+    template: Template, questions: list[Question], row: Mapping[str, str], split: str, rng: random.Random
+) -> list[dict[str, str]]:
+    """The messages of one conversation."""
+    messages = []
+    prompts = [phrase for phrase in template.system_prompts if _is_filled(template, phrase, row)]
+    if prompts and rng.random() < template.system_probability:
+        messages.append({"role": "system", "content": rng.choice(prompts).fill(row)})
+    for number, question in enumerate(questions):
+        pool = [phrase for phrase in question.phrasings[split] if _is_filled(template, phrase, row)]
+        if number == 0:
+            pool = [phrase for phrase in pool if template.is_opening(phrase)]
+        messages.append({"role": "user", "content": _say(template, rng.choice(pool), row, number == 0, rng)})
+        answer = _say(template, rng.choice(_answers(template, question, row)), row, False, rng)
+        message = {"role": "assistant", "content": answer}
+        if question.column:
+            message["column"] = question.column
+        messages.append(message)
+    return messages
+
+
+def _say(
+    template: Template, phrase: Phrase, row: Mapping[str, str], is_opening: bool, rng: random.Random
+) -> str:
+    """Fills a wording; the subject's placeholder becomes a name at the opening and a name or pronoun later."""
+    subject = template.subject
+    if subject is None or subject.placeholder not in phrase.names:
+        return phrase.fill(row)
+    ways = [
+        way for way in (subject.opening if is_opening else subject.later) if _is_filled(template, way, row)
+    ]
+    return phrase.fill({**row, subject.placeholder: rng.choice(ways).fill(row)})
+
+
+def _applies(template: Template, question: Question, row: Mapping[str, str], split: str) -> bool:
+    """Can this question be asked and answered from this row, at the opening too?"""
+    return (
+        all(condition.holds(row) for condition in question.where)
+        and any(template.is_opening(p) and _is_filled(template, p, row) for p in question.phrasings[split])
+        and bool(_answers(template, question, row))
+    )
+
+
+def _answers(template: Template, question: Question, row: Mapping[str, str]) -> list[Phrase]:
+    """The wordings of the first case that is true of the row and names no empty cell."""
+    for case in question.answers:
+        if all(condition.holds(row) for condition in case.where):
+            filled = [phrase for phrase in case.say if _is_filled(template, phrase, row)]
+            if filled:
+                return filled
+    return []
+
+
+def _is_filled(template: Template, phrase: Phrase, row: Mapping[str, str]) -> bool:
+    """Has the row a text for every placeholder? The subject's needs one way to name it, by every opening at least."""
+    subject = template.subject
+    for name in phrase.names:
+        if subject and name == subject.placeholder:
+            if not any(all(row[n] for n in way.names) for way in subject.opening):
+                return False
+        elif not row[name]:
+            return False
+    return True

@@ -1,0 +1,194 @@
+"""Turns a CSV into role-tagged conversations, one row at a time: `python data_processing/data_processing.py`.
+
+Reads data.csv and templates/pokemon.yaml beside this file and writes pokemon_conversations.json (training) and
+pokemon_conversations_validation.json (phrasings that training never shows). Next: format_tool_poke.py.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import argparse
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from data_processing.common import DataError, JsonArrayWriter, run_entry, whole_files
+
+if TYPE_CHECKING:
+    from data_processing.csv_rows import CsvRows
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass
+class Summary:
+    """What one run read and wrote. `conversations` and `turns` (question-answer pairs) count per split."""
+
+    rows_read: int = 0
+    rows_filtered: int = 0
+    rows_too_empty: int = 0
+    rows_bad: int = 0
+    conversations: Counter[str] = field(default_factory=Counter)
+    turns: Counter[str] = field(default_factory=Counter)
+
+    def add(self, split: str, records: list[dict[str, Any]]) -> None:
+        """Counts what one row gave."""
+        self.conversations[split] += len(records)
+        self.turns[split] += sum(m["role"] == "user" for record in records for m in record["conversations"])
+
+    @property
+    def rows_kept(self) -> int:
+        return self.rows_read - self.rows_filtered - self.rows_too_empty
+
+    def __str__(self) -> str:
+        lines = [
+            f"rows read: {self.rows_read}, kept: {self.rows_kept}, filtered by `where`: {self.rows_filtered}, "
+            f"too few filled cells: {self.rows_too_empty}, bad: {self.rows_bad}"
+        ]
+        for split, count in self.conversations.items():
+            lines.append(f"{split}: {count} conversations, {self.turns[split]} turns")
+        return "\n".join(lines)
+
+
+def convert(
+    input_path: Path,
+    template_path: Path,
+    outputs: dict[str, Path],
+    *,
+    seed: int = 42,
+    limit: int | None = None,
+    on_bad_record: str = "error",
+    progress: bool = False,
+) -> Summary:
+    """Writes the conversations of every row, with one row in memory at a time.
+
+    Args:
+        outputs: split ("train", "validation") → JSON file; all appear whole at the end, or none.
+        limit: stop after this many kept rows.
+
+    Raises:
+        DataError: anything wrong with the CSV, the template or the paths; nothing is written then.
+    """
+    from data_processing.conversation_builder import build_conversations
+    from data_processing.conversation_template import load_template
+    from data_processing.csv_rows import CsvRows
+
+    template = load_template(template_path)
+    rows = CsvRows(input_path, on_bad_record)
+    template.check_columns(rows.columns, rows.path)
+    for path in outputs.values():
+        if path.resolve() in (rows.path.resolve(), template.path.resolve()):
+            raise DataError(f"the output {path} is also an input; name another output")
+    with whole_files(*outputs.values()) as files:
+        writers = {split: JsonArrayWriter(file) for split, file in zip(outputs, files)}
+        summary = Summary()
+        for row in _with_progress(rows, progress):
+            if limit is not None and summary.rows_kept >= limit:
+                break
+            summary.rows_read += 1
+            if not template.matches(row):
+                summary.rows_filtered += 1
+                continue
+            records = {split: build_conversations(template, row, split, seed) for split in outputs}
+            summary.rows_too_empty += not records["train"]
+            for split, found in records.items():
+                summary.add(split, found)
+                for record in found:
+                    writers[split].append(record)
+        for writer in writers.values():
+            writer.close()
+        summary.rows_bad = rows.bad_count
+        if not writers["train"].count:
+            raise DataError(
+                f"no row of {rows.path} gave a conversation ({summary}); check `where` and `turns` in {template.path}"
+            )
+    for message in rows.bad_messages:
+        print(f"skipped: {message}", file=sys.stderr)
+    return summary
+
+
+def _with_progress(rows: "CsvRows", is_shown: bool) -> Iterator[dict[str, str]]:
+    """The rows, with a bar that counts the bytes of the file."""
+    from tqdm import tqdm
+
+    size = rows.path.stat().st_size
+    with tqdm(total=size, unit="B", unit_scale=True, desc=rows.path.name, disable=not is_shown) as bar:
+        for row in rows:
+            yield row
+            bar.update(rows.bytes_read - bar.n)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line; see `--help`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--input", type=Path, default=HERE / "data.csv", help="CSV with a header (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--template",
+        type=Path,
+        default=HERE / "templates" / "pokemon.yaml",
+        help="which turns a row becomes (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=HERE / "pokemon_conversations.json",
+        help="JSON array of training conversations (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--validation_output",
+        type=Path,
+        help="conversations in phrasings never trained on (default: OUTPUT with _validation before its ending)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=42, help="draws turns and wordings (default: %(default)s)"
+    )
+    parser.add_argument("--limit", type=int, help="stop after this many kept rows")
+    parser.add_argument(
+        "--on_bad_record",
+        choices=("error", "skip"),
+        default="error",
+        help="what a row with too many or too few cells does (default: %(default)s)",
+    )
+    options = parser.parse_args(arguments)
+    if options.limit is not None and options.limit < 1:
+        parser.error(f"--limit {options.limit}: expected 1 or more")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Converts, and prints what was read and written."""
+    options = parse_arguments(arguments)
+    from data_processing.conversation_template import load_template
+
+    outputs = {"train": options.output}
+    if load_template(options.template).has_validation:
+        beside = options.output.with_name(f"{options.output.stem}_validation{options.output.suffix}")
+        outputs["validation"] = options.validation_output or beside
+    elif options.validation_output:
+        raise DataError(
+            f"{options.template} makes no validation conversations (validation_conversations_per_row is 0), "
+            "so --validation_output would stay empty; leave it out, or add `validation` phrasings"
+        )
+    summary = convert(
+        options.input,
+        options.template,
+        outputs,
+        seed=options.seed,
+        limit=options.limit,
+        on_bad_record=options.on_bad_record,
+        progress=True,
+    )
+    print(summary)
+    for split, path in outputs.items():
+        print(f"{split} → {path}")
+
+
+if __name__ == "__main__":
+    run_entry(main)
