@@ -36,9 +36,7 @@ class Prefix:
     keys_values: torch.Tensor | None
     mask: Any = field(default=None, repr=False)
 
-    def put_in_front(
-        self, layer: int, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def put_in_front(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Key and value (batch, groups, tokens, head_dim) with the prefix of `layer` in front."""
         if self.keys_values is None:
             return key, value

@@ -1,4 +1,4 @@
-"""Prefix checkpoints: a folder with a prefix and what one must know to use it, in this project's and the original's form.
+"""Prefix checkpoints: folders with a prefix and what one must know to use it, in our form and the original's.
 
 `prefix_encoder.safetensors` holds the parameters, `config.json` the base model's configuration with `pre_seq_len`,
 `prefix_projection`, the base model's name and the prompt format; `pytorch_model.bin` holds the same parameters under
@@ -66,9 +66,7 @@ def read_prefix_config(folder: str | Path) -> PrefixConfig:
     return _describe(Path(folder), _read_parameters(Path(folder)))
 
 
-def load_prefix(
-    model: "ChatGLM3ForCausalLM", folder: str | Path, *, pre_seq_len: int | None = None
-) -> PrefixConfig:
+def load_prefix(model: "ChatGLM3ForCausalLM", folder: str | Path, *, pre_seq_len: int | None = None) -> PrefixConfig:
     """Loads a prefix in front of `model`, which is frozen; an existing prefix of the same form is overwritten.
 
     Args:
@@ -134,21 +132,15 @@ def save_prefix(
     scratch = Path(tempfile.mkdtemp(prefix=".prefix-", dir=folder))
     try:
         save_file(parameters, scratch / SAFE_FILE, metadata={"format": "pt"})
-        torch.save(
-            {OFFICIAL_KEY + name: value for name, value in parameters.items()}, scratch / OFFICIAL_FILE
-        )
-        (scratch / CONFIG_FILE).write_text(
-            json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        torch.save({OFFICIAL_KEY + name: value for name, value in parameters.items()}, scratch / OFFICIAL_FILE)
+        (scratch / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         for name in (SAFE_FILE, OFFICIAL_FILE, CONFIG_FILE):
             os.replace(scratch / name, folder / name)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _prefix_state(
-    model: "ChatGLM3ForCausalLM", state: Mapping[str, torch.Tensor] | None
-) -> dict[str, torch.Tensor]:
+def _prefix_state(model: "ChatGLM3ForCausalLM", state: Mapping[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
     """The prefix's parameters by their own names, as float32 on the CPU."""
     if state is None:
         own = model.prefix_encoder.state_dict()
@@ -170,16 +162,12 @@ def _parameters_of(folder: Path) -> dict[str, torch.Tensor]:
 
 def _read_parameters(folder: Path) -> dict[str, torch.Tensor]:
     if not folder.is_dir():
-        raise PrefixError(
-            f"{folder} is not a folder. Give the folder that finetune.py wrote (its --output_dir)."
-        )
+        raise PrefixError(f"{folder} is not a folder. Give the folder that finetune.py wrote (its --output_dir).")
     if (folder / SAFE_FILE).is_file():
         try:
             parameters = load_file(folder / SAFE_FILE)
         except (SafetensorError, OSError) as error:
-            raise PrefixError(
-                f"{folder / SAFE_FILE} is damaged ({error}). Copy the checkpoint again."
-            ) from error
+            raise PrefixError(f"{folder / SAFE_FILE} is damaged ({error}). Copy the checkpoint again.") from error
     elif (folder / OFFICIAL_FILE).is_file():
         parameters = _parameters_of(folder)
     else:
@@ -200,9 +188,7 @@ def _describe(folder: Path, parameters: dict[str, torch.Tensor]) -> PrefixConfig
         try:
             values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         except ValueError as error:
-            raise PrefixError(
-                f"{folder / CONFIG_FILE} is not JSON ({error}). Copy the checkpoint again."
-            ) from error
+            raise PrefixError(f"{folder / CONFIG_FILE} is not JSON ({error}). Copy the checkpoint again.") from error
     return PrefixConfig(
         pre_seq_len=parameters["embedding.weight"].shape[0],
         prefix_projection=any(name.startswith("trans.") for name in parameters),
@@ -211,9 +197,7 @@ def _describe(folder: Path, parameters: dict[str, torch.Tensor]) -> PrefixConfig
     )
 
 
-def _check_parameters(
-    folder: Path, found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
-) -> None:
+def _check_parameters(folder: Path, found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or extra:
         raise PrefixError(

@@ -58,9 +58,7 @@ def load_model(
         read_prefix_config(pt_checkpoint)  # fails before gigabytes are read
     _check_folder(path, "config.json")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    quantization = (
-        None if quantization_bit is None else _quantization(quantization_bit, _dtype(dtype, device))
-    )
+    quantization = None if quantization_bit is None else _quantization(quantization_bit, _dtype(dtype, device))
     model, report = ChatGLM3ForCausalLM.from_pretrained(
         str(path),
         dtype=_dtype(dtype, device),
@@ -116,6 +114,4 @@ def _check_report(path: str | Path, report: dict) -> None:
         if keys:
             problems.append(f"{kind.replace('_', ' ')}: {', '.join(keys[:5])}{' …' if len(keys) > 5 else ''}")
     if problems:
-        raise ValueError(
-            f"{path}: the weights do not fit config.json: {'; '.join(problems)}. {DOWNLOAD_HINT}"
-        )
+        raise ValueError(f"{path}: the weights do not fit config.json: {'; '.join(problems)}. {DOWNLOAD_HINT}")

@@ -45,16 +45,12 @@ class ChatGLM3PreTrainedModel(GlmPreTrainedModel):
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
     ) -> None:
-        """Where every way of switching checkpointing on ends; `use_reentrant=True` would lose the prefix's gradients."""
+        """Every way of switching checkpointing on ends here; with re-entry the prefix would get no gradients."""
         if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
-            raise ValueError(
-                "use_reentrant=True loses the prefix's gradients; leave it out or set it to False."
-            )
+            raise ValueError("use_reentrant=True loses the prefix's gradients; leave it out or set it to False.")
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
-    def save_pretrained(
-        self, save_directory: Any, *args: Any, state_dict: dict | None = None, **kwargs: Any
-    ) -> None:
+    def save_pretrained(self, save_directory: Any, *args: Any, state_dict: dict | None = None, **kwargs: Any) -> None:
         """Writes the official layout, with the rotary frequencies that the original code keeps among the weights."""
         if state_dict is None:
             state_dict = self.state_dict()
@@ -68,9 +64,7 @@ class ChatGLM3Model(ChatGLM3PreTrainedModel, GlmModel):
 
     def __init__(self, config: ChatGLM3Config) -> None:
         super().__init__(config)
-        config._attn_implementation = PREFIX_ATTENTION.get(
-            config._attn_implementation, config._attn_implementation
-        )
+        config._attn_implementation = PREFIX_ATTENTION.get(config._attn_implementation, config._attn_implementation)
         self.prefix_encoder: PrefixEncoder | None = None
         self.prefix_enabled = True
         if config.pre_seq_len:
@@ -238,9 +232,7 @@ class ChatGLM3ForCausalLM(PrefixSwitch, ChatGLM3PreTrainedModel, GlmForCausalLM)
         targets = labels[:, 1:].to(hidden.device)
         counts = targets != IGNORED_LABEL
         hidden, targets = hidden[:, :-1][counts], targets[counts]
-        total = (
-            hidden.sum(dtype=torch.float32) * 0
-        )  # a row without targets still has a loss, and a graph: zero
+        total = hidden.sum(dtype=torch.float32) * 0  # a row without targets still has a loss, and a graph: zero
         chunks = list(zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK)))
         for chunk in chunks:
             if len(chunks) > 1 and torch.is_grad_enabled():
@@ -255,9 +247,7 @@ class ChatGLM3ForCausalLM(PrefixSwitch, ChatGLM3PreTrainedModel, GlmForCausalLM)
         return F.cross_entropy(self.lm_head(hidden).float(), targets, reduction="sum")
 
 
-class ChatGLM3ForSequenceClassification(
-    PrefixSwitch, GenericForSequenceClassification, ChatGLM3PreTrainedModel
-):
+class ChatGLM3ForSequenceClassification(PrefixSwitch, GenericForSequenceClassification, ChatGLM3PreTrainedModel):
     """ChatGLM3 with a classification head on each row's last token, as the original `classifier_head`."""
 
     def __init__(self, config: ChatGLM3Config) -> None:
