@@ -3,6 +3,9 @@
 This room stands on the ground: it is handed a tokenizer and knows no model. See `inspect_data.py`.
 """
 
+from finetune_chatmodel_demo.conversation.arguments import DataArguments
+from finetune_chatmodel_demo.conversation.collating import PadCollator
+from finetune_chatmodel_demo.conversation.datasets import ConversationDataset, DatasetReport, build_dataset
 from finetune_chatmodel_demo.conversation.records import (
     RecordError,
     RecordFile,
@@ -18,17 +21,24 @@ from finetune_chatmodel_demo.conversation.rendering import (
     render_input_output,
     render_prompt,
 )
+from finetune_chatmodel_demo.conversation.truncation import truncate
 
 __all__ = [
     "IGNORED_LABEL",
+    "ConversationDataset",
+    "DataArguments",
+    "DatasetReport",
+    "PadCollator",
     "RecordError",
     "RecordFile",
     "Rendering",
+    "build_dataset",
     "parse_reply",
     "read_records",
     "render_conversation",
     "render_input_output",
     "render_prompt",
+    "truncate",
     "validate_conversation",
     "validate_input_output",
 ]

@@ -1,6 +1,6 @@
 """Reads JSON files as people have them: UTF-8 (with or without BOM) or GBK, an array or one object a line.
 
-`iterate_values` is lazy: a file of a million records does not grow memory.
+`JSONFile.values` is lazy: a file of a million records does not grow memory.
 """
 
 import codecs
@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -35,39 +36,46 @@ class Located:
     problem: str | None = None
 
 
-def iterate_values(path: Path, required_keys: frozenset[str] = frozenset()) -> Iterator[Located]:
-    """Yields the values of a JSON array or of JSON lines, whatever the extension says.
+class JSONFile:
+    """A JSON array or JSON lines, whatever the extension says. Nothing is read before it is asked for."""
 
-    Args:
-        path: The file.
-        required_keys: Keys of a whole record. They tell a line that starts a new record from the inside of a
-            pretty-printed one, when the record before it never ended.
+    def __init__(self, path: Path):
+        self.path = path
 
-    Raises:
-        RecordError: The bytes are neither UTF-8 nor GBK, or an array is not valid JSON (what follows the fault
-            cannot be read then; a faulty JSON line is yielded as a problem instead).
-    """
-    with open(path, encoding=detect_encoding(path)) as file:
-        if is_array(file):
-            yield from _iterate_array(file, path)
-        else:
-            yield from _iterate_lines(file, required_keys)
+    @cached_property
+    def encoding(self) -> str:
+        """See `detect_encoding`."""
+        return detect_encoding(self.path)
 
+    @cached_property
+    def is_array(self) -> bool:
+        """Whether the first character that is not white space opens an array."""
+        with open(self.path, encoding=self.encoding) as file:
+            while block := file.read(4096):
+                if text := block.lstrip(_JSON_SPACE):
+                    return text[0] == "["
+        return False
 
-def is_array(file: TextIO) -> bool:
-    """Whether the first character that is not white space opens an array. Leaves the file at its start."""
-    first = ""
-    while not first:
-        block = file.read(4096)
-        if not block:
-            break
-        first = block.lstrip(_JSON_SPACE)[:1]
-    file.seek(0)
-    return first == "["
+    def values(self, required_keys: frozenset[str] = frozenset()) -> Iterator[Located]:
+        """Yields the values one by one.
+
+        Args:
+            required_keys: Keys of a whole record. They tell a line that starts a new record from the inside of
+                a pretty-printed one, when the record before it never ended.
+
+        Raises:
+            RecordError: The bytes are neither UTF-8 nor GBK, or an array is not valid JSON (what follows the
+                fault cannot be read then; a faulty JSON line is yielded as a problem instead).
+        """
+        with open(self.path, encoding=self.encoding) as file:
+            if self.is_array:
+                yield from _iterate_array(file, self.path)
+            else:
+                yield from _iterate_lines(file, required_keys)
 
 
 def detect_encoding(path: Path) -> str:
-    """Names the encoding of a text file: by its BOM, else UTF-8 where all of it is, else GB18030, which holds GBK.
+    """Names the encoding of a text file: by its BOM, else UTF-8 where all of it is, else GB18030 (holds GBK).
 
     Raises:
         RecordError: The file is mostly UTF-8 with damaged bytes, or neither UTF-8 nor GBK. Says the line.
@@ -81,9 +89,7 @@ def detect_encoding(path: Path) -> str:
         return "utf-8-sig"
     offset, line = fault
     if _is_mostly_utf8(path, offset):
-        raise RecordError(
-            f"{path} line {line}: byte {offset} is not UTF-8, although the text around it is; repair it"
-        )
+        raise RecordError(f"{path} line {line}: byte {offset} is not UTF-8, although the text around it is; repair it")
     fault = _first_fault(path, "gb18030")
     if fault is None:
         return "gb18030"
@@ -237,14 +243,8 @@ class _Window:
 
     def error(self, expected: str) -> RecordError:
         """The fault at the position. Nothing tells where the next record begins, so it ends the reading."""
-        got = (
-            repr(self.text[self.position : self.position + 30])
-            if self.next_character()
-            else "the end of the file"
-        )
-        return RecordError(
-            f"{self.path} line {self.line}: expected {expected}, got {got}; repair the file there"
-        )
+        got = repr(self.text[self.position : self.position + 30]) if self.next_character() else "the end of the file"
+        return RecordError(f"{self.path} line {self.line}: expected {expected}, got {got}; repair the file there")
 
     def _advance(self, count: int) -> None:
         self.line += self.text.count("\n", self.position, self.position + count)

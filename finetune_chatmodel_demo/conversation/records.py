@@ -11,13 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune_chatmodel_demo.conversation.json_files import (
-    Located,
-    RecordError,
-    detect_encoding,
-    is_array,
-    iterate_values,
-)
+from finetune_chatmodel_demo.conversation.json_files import JSONFile, Located, RecordError
 
 __all__ = ["RecordError", "RecordFile", "read_records", "validate_conversation", "validate_input_output"]
 
@@ -68,9 +62,7 @@ def read_records(
     if on_bad_record not in ("error", "skip"):
         raise ValueError(f"on_bad_record {on_bad_record!r} is unknown; use error or skip")
     if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"data file {path} does not exist or is not a file (current folder: {Path.cwd()})"
-        )
+        raise FileNotFoundError(f"data file {path} does not exist or is not a file (current folder: {Path.cwd()})")
     return RecordFile(Path(path), kind, on_bad_record)
 
 
@@ -86,7 +78,7 @@ class RecordFile:
     def __init__(self, path: Path, kind: str, on_bad_record: str):
         self.path, self.kind, self.on_bad_record = path, kind, on_bad_record
         self.bad_count, self.bad_messages = 0, []
-        self._is_array: bool | None = None
+        self._json = JSONFile(path)
         self._seen_keys: set[str] = set(KNOWN_KEYS)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -98,7 +90,7 @@ class RecordFile:
         self.bad_count, self.bad_messages = 0, []
         validate = validate_conversation if self.kind == "multi-turn" else validate_input_output
         good_count = 0
-        for located in iterate_values(self.path, REQUIRED_KEYS[self.kind]):
+        for located in self._json.values(REQUIRED_KEYS[self.kind]):
             try:
                 if located.problem is not None:
                     raise RecordError(f"{self.where(located.number, located.line)}: {located.problem}")
@@ -114,20 +106,14 @@ class RecordFile:
             self._warn_of_near_misses(located)
             yield located
         if self.bad_count and not good_count:
-            raise RecordError(
-                f"all {self.bad_count} records of {self.path} are bad; the first: {self.bad_messages[0]}"
-            )
+            raise RecordError(f"all {self.bad_count} records of {self.path} are bad; the first: {self.bad_messages[0]}")
         if not good_count:
-            raise RecordError(
-                f"{self.path} is empty; expected {RECORD_FORMS[self.kind]}, one a line or in an array"
-            )
+            raise RecordError(f"{self.path} is empty; expected {RECORD_FORMS[self.kind]}, one a line or in an array")
 
     def where(self, number: int, line: int) -> str:
         """Names the place of a record: by its line, in an array also by its number."""
-        if self._is_array is None:
-            with open(self.path, encoding=detect_encoding(self.path)) as file:
-                self._is_array = is_array(file)
-        return f"{self.path} record {number} (line {line})" if self._is_array else f"{self.path} line {line}"
+        record = f"record {number} (line {line})" if self._json.is_array else f"line {line}"
+        return f"{self.path} {record}"
 
     def _warn_of_near_misses(self, located: Located) -> None:
         """An optional key that is misspelt would be ignored in silence: says so, once a key."""
@@ -171,13 +157,9 @@ def _validate_message(message: Any, where: str) -> None:
     _require_object(message, where, '{"role": ..., "content": ...}')
     role = _require(message, "role", str, where)
     if role not in ROLES:
-        meant = ROLE_ALIASES.get(role.lower()) or next(
-            iter(difflib.get_close_matches(role.lower(), ROLES, n=1)), None
-        )
+        meant = ROLE_ALIASES.get(role.lower()) or next(iter(difflib.get_close_matches(role.lower(), ROLES, n=1)), None)
         hint = f"; did you mean {meant!r}?" if meant else ""
-        raise RecordError(
-            f"{where}: role {role!r} is unknown; use {', '.join(ROLES[:-1])} or {ROLES[-1]}{hint}"
-        )
+        raise RecordError(f"{where}: role {role!r} is unknown; use {', '.join(ROLES[:-1])} or {ROLES[-1]}{hint}")
     if role == "tool":
         _require_text(_require(message, "name", str, where), "name", where)
         _require_text(_require(message, "parameters", dict, where), "parameters", where)
@@ -202,9 +184,7 @@ def _require(owner: dict[str, Any], key: str, kind: type, where: str) -> Any:
         aliases = [name for name in found if name.lower() in KEY_ALIASES.get(key, ())]
         near = aliases or difflib.get_close_matches(key, found, n=1)
         hint = f"; did you mean {key!r} where it says {near[0]!r}?" if near else ""
-        raise RecordError(
-            f"{where}: key {key!r} is missing; found {', '.join(map(repr, found)) or 'no keys'}{hint}"
-        )
+        raise RecordError(f"{where}: key {key!r} is missing; found {', '.join(map(repr, found)) or 'no keys'}{hint}")
     if not isinstance(owner[key], kind):
         raise RecordError(f"{where}: {key!r} must be {KIND_NAMES[kind]}, got {_shorten(owner[key])}")
     return owner[key]

@@ -1,10 +1,9 @@
 """Renders conversations into token ids and labels: the one renderer of training, inference and evaluation.
 
 The rules are ChatGLM3's, held to `tests/golden/loss_masks.jsonl`: `[gMASK] sop`, then every message as role
-token, metadata line and content. There is no end-of-turn token: the next role token, or eos at the end, ends a
-turn, so after a supervised message that token is a target too. Control ids come from structure only; text is never
-altered.
-See the result with `inspect_data.py`.
+token, metadata line and content. There is no end-of-turn token: the next role token, or eos at the end, ends
+a turn, so after a supervised message that token is a target too. Control ids come from structure; text is
+never altered. See the result with `inspect_data.py`.
 """
 
 import json
@@ -13,9 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 IGNORED_LABEL = -100
-TOOLS_INTRODUCTION = (
-    "Answer the following questions as best as you can. You have access to the following tools:\n"
-)
+TOOLS_INTRODUCTION = "Answer the following questions as best as you can. You have access to the following tools:\n"
 SUPERVISED_ROLES = frozenset({"assistant", "tool"})
 
 
@@ -35,10 +32,10 @@ class Rendering:
 
     Attributes:
         input_ids: Token ids.
-        labels: As long as `input_ids`: the id itself where the loss counts, else -100. The model shifts by one.
+        labels: As long as `input_ids`: the id where the loss counts, else -100. The model shifts by one.
         turn_starts: Positions of the role tokens; empty for input-output.
-        is_cut: Something of the record is missing at a length limit.
-        turns_dropped: How many whole turns are missing.
+        is_cut: A length limit cut a turn, a prompt or a response in the middle.
+        turns_dropped: How many whole turns a length limit left out.
     """
 
     input_ids: list[int]
@@ -59,11 +56,11 @@ class Turn:
 
 
 def split_into_turns(messages: Sequence[dict[str, Any]], tools: list[Any] | None = None) -> Iterator[Turn]:
-    """Yields a conversation's turns: `tools` become the first, a `tool` message becomes a call and its result.
+    """Yields a conversation's turns: `tools` become the first, a `tool` message a call and its result.
 
-    The loss is on for assistant messages and calls of tools, off for the rest; a message's `loss` overrides that
-    (the original demo ignores it on system and user messages, and turns it on for observations that are messages
-    of their own). The result of a `tool` message never counts.
+    The loss is on for assistant messages and calls of tools, off for the rest; `loss` in a message overrides
+    that (the original demo ignores it on system and user messages, and turns it on for observations that are
+    messages of their own). The result of a `tool` message never counts.
     """
     if tools is not None:
         yield Turn("system", "", TOOLS_INTRODUCTION + json.dumps(tools, indent=4, ensure_ascii=False), False)
@@ -122,12 +119,10 @@ def render_input_output(
         record: `{"prompt", "response"}`.
         max_source_length: Most ids of the prompt with the two that start the row; its end is cut off.
         max_target_length: Most ids of the response without eos; its end is cut off.
-        ends_cut_response: Whether eos follows a response that was cut. It does in the original demo, which teaches
-            the model to stop in the middle.
+        ends_cut_response: Whether eos follows a response that was cut. It does in the original demo, which
+            teaches the model to stop in the middle.
     """
-    source = render_prompt(
-        tokenizer, [{"role": "user", "content": record["prompt"]}], prompt_format="input-output"
-    )
+    source = render_prompt(tokenizer, [{"role": "user", "content": record["prompt"]}], prompt_format="input-output")
     target = tokenizer.encode_text(record["response"])
     is_target_cut = len(target) > max_target_length
     is_cut = is_target_cut or len(source) > max_source_length
@@ -150,8 +145,8 @@ def render_prompt(
         tokenizer: See `ChatTokenizer`.
         messages: The conversation so far. An assistant message may carry `metadata`, the name of a tool.
         tools: As in a record.
-        prompt_format: "multi-turn" is the history and an open `<|assistant|>` (the reply starts with its metadata
-            line, see `parse_reply`); "input-output" is the text of the last user message alone.
+        prompt_format: "multi-turn" is the history and an open `<|assistant|>` (the reply starts with its
+            metadata line, see `parse_reply`); "input-output" is the last user message's text alone.
 
     Raises:
         ValueError: The format is unknown, or "input-output" has no user message.
@@ -165,9 +160,7 @@ def render_prompt(
         raise ValueError(f"prompt_format {prompt_format!r} is unknown; use multi-turn or input-output")
     questions = [message["content"] for message in messages if message["role"] == "user"]
     if not questions:
-        raise ValueError(
-            f"prompt_format input-output needs a user message, got {[m['role'] for m in messages]}"
-        )
+        raise ValueError(f"prompt_format input-output needs a user message, got {[m['role'] for m in messages]}")
     return _start_ids(tokenizer) + tokenizer.encode_text(questions[-1])
 
 
