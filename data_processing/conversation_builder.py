@@ -1,4 +1,4 @@
-"""Builds the conversations of one row. What a row becomes depends on its cells, the split and the seed, not on other rows.
+"""Builds the conversations of one row, from nothing but its cells, the template, the split and the seed.
 
 Exercised by `python data_processing/data_processing.py`.
 """
@@ -20,11 +20,11 @@ def build_conversations(
         template: a template whose columns have been checked.
         row: column name → cell text.
         split: "train" or "validation"; says which pool of phrasings is asked.
-        seed: another seed draws other turns and wordings. Equal rows with equal seeds give equal conversations.
+        seed: another seed draws other turns and wordings; equal rows under one seed give equal conversations.
 
     Returns:
-        Records `{"conversations": [{"role", "content", "column"?}, …]}`; an assistant message made from a column
-        carries its name. Empty where fewer questions apply to the row than the template's fewest turns.
+        Records `{"conversations": [{"role", "content", "column"?}, …]}`; an assistant message made from a
+        column carries its name. Empty where fewer questions apply to the row than the fewest turns.
     """
     usable = [i for i, question in enumerate(template.questions) if _applies(template, question, row, split)]
     fewest, most = template.turns
@@ -38,11 +38,7 @@ def build_conversations(
         for i in chosen:
             times_asked[i] += 1
         records.append(
-            {
-                "conversations": _write_turns(
-                    template, [template.questions[i] for i in chosen], row, split, rng
-                )
-            }
+            {"conversations": _write_turns(template, [template.questions[i] for i in chosen], row, split, rng)}
         )
     return records
 
@@ -86,16 +82,12 @@ def _write_turns(
     return messages
 
 
-def _say(
-    template: Template, phrase: Phrase, row: Mapping[str, str], is_opening: bool, rng: random.Random
-) -> str:
-    """Fills a wording; the subject's placeholder becomes a name at the opening and a name or pronoun later."""
+def _say(template: Template, phrase: Phrase, row: Mapping[str, str], is_opening: bool, rng: random.Random) -> str:
+    """Fills a wording; the subject is a name at the opening and a name or a pronoun later."""
     subject = template.subject
     if subject is None or subject.placeholder not in phrase.names:
         return phrase.fill(row)
-    ways = [
-        way for way in (subject.opening if is_opening else subject.later) if _is_filled(template, way, row)
-    ]
+    ways = [way for way in (subject.opening if is_opening else subject.later) if _is_filled(template, way, row)]
     return phrase.fill({**row, subject.placeholder: rng.choice(ways).fill(row)})
 
 
@@ -119,7 +111,7 @@ def _answers(template: Template, question: Question, row: Mapping[str, str]) -> 
 
 
 def _is_filled(template: Template, phrase: Phrase, row: Mapping[str, str]) -> bool:
-    """Has the row a text for every placeholder? The subject's needs one way to name it, by every opening at least."""
+    """Has the row a text for every placeholder of the wording?"""
     subject = template.subject
     for name in phrase.names:
         if subject and name == subject.placeholder:

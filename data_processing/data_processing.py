@@ -1,7 +1,7 @@
-"""Turns a CSV into role-tagged conversations, one row at a time: `python data_processing/data_processing.py`.
+"""Turns a CSV into role-tagged conversations, row by row: `python data_processing/data_processing.py`.
 
-Reads data.csv and templates/pokemon.yaml beside this file and writes pokemon_conversations.json (training) and
-pokemon_conversations_validation.json (phrasings that training never shows). Next: format_tool_poke.py.
+Reads data.csv and templates/pokemon.yaml beside this file and writes pokemon_conversations.json for training and
+pokemon_conversations_validation.json, in phrasings that training never shows. Next: format_tool_poke.py.
 """
 
 import sys
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from data_processing.common import DataError, JsonArrayWriter, run_entry, whole_files
 
 if TYPE_CHECKING:
+    from data_processing.conversation_template import Template
     from data_processing.csv_rows import CsvRows
 
 HERE = Path(__file__).resolve().parent
@@ -44,23 +45,20 @@ class Summary:
         return self.rows_read - self.rows_filtered - self.rows_too_empty
 
     def __str__(self) -> str:
-        lines = [
-            f"rows read: {self.rows_read}, kept: {self.rows_kept}, filtered by `where`: {self.rows_filtered}, "
-            f"too few filled cells: {self.rows_too_empty}, bad: {self.rows_bad}"
-        ]
+        left_out = f"filtered by `where`: {self.rows_filtered}, too few filled cells: {self.rows_too_empty}"
+        lines = [f"rows read: {self.rows_read}, kept: {self.rows_kept}, {left_out}, bad: {self.rows_bad}"]
         for split, count in self.conversations.items():
             lines.append(f"{split}: {count} conversations, {self.turns[split]} turns")
         return "\n".join(lines)
 
 
 def convert(
-    input_path: Path,
-    template_path: Path,
+    rows: "CsvRows",
+    template: "Template",
     outputs: dict[str, Path],
     *,
     seed: int = 42,
     limit: int | None = None,
-    on_bad_record: str = "error",
     progress: bool = False,
 ) -> Summary:
     """Writes the conversations of every row, with one row in memory at a time.
@@ -73,18 +71,14 @@ def convert(
         DataError: anything wrong with the CSV, the template or the paths; nothing is written then.
     """
     from data_processing.conversation_builder import build_conversations
-    from data_processing.conversation_template import load_template
-    from data_processing.csv_rows import CsvRows
 
-    template = load_template(template_path)
-    rows = CsvRows(input_path, on_bad_record)
     template.check_columns(rows.columns, rows.path)
     for path in outputs.values():
         if path.resolve() in (rows.path.resolve(), template.path.resolve()):
             raise DataError(f"the output {path} is also an input; name another output")
+    summary = Summary()
     with whole_files(*outputs.values()) as files:
         writers = {split: JsonArrayWriter(file) for split, file in zip(outputs, files)}
-        summary = Summary()
         for row in _with_progress(rows, progress):
             if limit is not None and summary.rows_kept >= limit:
                 break
@@ -102,11 +96,8 @@ def convert(
             writer.close()
         summary.rows_bad = rows.bad_count
         if not writers["train"].count:
-            raise DataError(
-                f"no row of {rows.path} gave a conversation ({summary}); check `where` and `turns` in {template.path}"
-            )
-    for message in rows.bad_messages:
-        print(f"skipped: {message}", file=sys.stderr)
+            reason = f"no row of {rows.path} gave a conversation ({summary})"
+            raise DataError(f"{reason}; check `where` and `turns` in {template.path}")
     return summary
 
 
@@ -123,9 +114,7 @@ def _with_progress(rows: "CsvRows", is_shown: bool) -> Iterator[dict[str, str]]:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; see `--help`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--input", type=Path, default=HERE / "data.csv", help="CSV with a header (default: %(default)s)"
     )
@@ -144,11 +133,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--validation_output",
         type=Path,
-        help="conversations in phrasings never trained on (default: OUTPUT with _validation before its ending)",
+        help="conversations in phrasings never trained on (default: beside OUTPUT, named …_validation)",
     )
-    parser.add_argument(
-        "--seed", type=int, default=42, help="draws turns and wordings (default: %(default)s)"
-    )
+    parser.add_argument("--seed", type=int, default=42, help="draws turns and wordings (default: %(default)s)")
     parser.add_argument("--limit", type=int, help="stop after this many kept rows")
     parser.add_argument(
         "--on_bad_record",
@@ -165,10 +152,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Converts, and prints what was read and written."""
     options = parse_arguments(arguments)
-    from data_processing.conversation_template import load_template
+    from data_processing.csv_rows import CsvRows
+    from data_processing.template_reader import load_template
 
+    template = load_template(options.template)
     outputs = {"train": options.output}
-    if load_template(options.template).has_validation:
+    if template.has_validation:
         beside = options.output.with_name(f"{options.output.stem}_validation{options.output.suffix}")
         outputs["validation"] = options.validation_output or beside
     elif options.validation_output:
@@ -176,15 +165,10 @@ def main(arguments: list[str] | None = None) -> None:
             f"{options.template} makes no validation conversations (validation_conversations_per_row is 0), "
             "so --validation_output would stay empty; leave it out, or add `validation` phrasings"
         )
-    summary = convert(
-        options.input,
-        options.template,
-        outputs,
-        seed=options.seed,
-        limit=options.limit,
-        on_bad_record=options.on_bad_record,
-        progress=True,
-    )
+    rows = CsvRows(options.input, options.on_bad_record)
+    summary = convert(rows, template, outputs, seed=options.seed, limit=options.limit, progress=True)
+    for message in rows.bad_messages:
+        print(f"skipped: {message}", file=sys.stderr)
     print(summary)
     for split, path in outputs.items():
         print(f"{split} → {path}")
