@@ -4,118 +4,19 @@ Use `build_dataset`; look at the rows with `inspect_data.py`.
 """
 
 import array
-import itertools
-import multiprocessing
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
 
-from finetune_chatmodel_demo.conversation.json_files import Located
 from finetune_chatmodel_demo.conversation.records import RecordError, RecordFile, read_records
-from finetune_chatmodel_demo.conversation.rendering import (
-    IGNORED_LABEL,
-    ChatTokenizer,
-    Rendering,
-    render_conversation,
-    render_input_output,
-)
-from finetune_chatmodel_demo.conversation.truncation import TruncationStrategy, truncate
+from finetune_chatmodel_demo.conversation.rendering import IGNORED_LABEL, ChatTokenizer
+from finetune_chatmodel_demo.conversation.tokenizing import DatasetReport, RenderedChunk, RowSettings, render_chunks
+from finetune_chatmodel_demo.conversation.truncation import TruncationStrategy
 
-CHUNK_ROWS = 256
-# Below this, starting processes takes longer than tokenizing here (some 0.3 ms a row, some 3 s a process).
-IN_PROCESS_ROWS = 8192
-CHUNKS_IN_FLIGHT = 4
-
-
-@dataclass
-class DatasetReport:
-    """What became of the records of one file; `str()` is the line to print.
-
-    Attributes:
-        rows_read: Valid records.
-        rows_bad: Bad records that were skipped.
-        rows_kept: Rows of the dataset.
-        rows_dropped_masked: Records without a target, or with none within the length limit.
-        rows_cut: Kept rows that lack something because of a length limit.
-        rows_cut_inside: Those of them that end inside a turn, or hold a cut prompt or response.
-        turns_kept: Turns in the kept rows (0 for input-output).
-        turns_dropped: Whole turns that the kept rows lack.
-        tokens_total: Tokens of the kept rows.
-        tokens_supervised: Those of them that are targets.
-    """
-
-    path: str
-    rows_read: int = 0
-    rows_bad: int = 0
-    rows_kept: int = 0
-    rows_dropped_masked: int = 0
-    rows_cut: int = 0
-    rows_cut_inside: int = 0
-    turns_kept: int = 0
-    turns_dropped: int = 0
-    tokens_total: int = 0
-    tokens_supervised: int = 0
-
-    def __str__(self) -> str:
-        share = self.tokens_supervised / max(1, self.tokens_total)
-        return (
-            f"{self.path}: {self.rows_kept:,} rows of {self.rows_read + self.rows_bad:,} records "
-            f"({self.rows_bad:,} bad, {self.rows_dropped_masked:,} dropped without a target; "
-            f"{self.rows_cut:,} rows cut, {self.rows_cut_inside:,} of them inside a turn, "
-            f"{self.turns_dropped:,} turns left out); "
-            f"{self.tokens_total:,} tokens, {share:.1%} supervised"
-        )
-
-    def add(self, other: "DatasetReport") -> None:
-        """Adds the counts of another part of the same file."""
-        for name, value in asdict(other).items():
-            if name != "path":
-                setattr(self, name, getattr(self, name) + value)
-
-
-@dataclass(frozen=True)
-class RowSettings:
-    """How a record becomes a row. The fields are the flags of the same names."""
-
-    train_format: Literal["multi-turn", "input-output"]
-    max_seq_length: int
-    max_source_length: int
-    max_target_length: int
-    truncation_strategy: TruncationStrategy
-
-    def render(self, tokenizer: ChatTokenizer, record: dict[str, Any]) -> Rendering:
-        """Renders one record within the length limits."""
-        if self.train_format == "multi-turn":
-            return truncate(render_conversation(tokenizer, record), self.max_seq_length, self.truncation_strategy)
-        return render_input_output(
-            tokenizer,
-            record,
-            self.max_source_length,
-            self.max_target_length,
-            ends_cut_response=self.truncation_strategy == "official",
-        )
-
-
-@dataclass(frozen=True)
-class RenderedChunk:
-    """Rows one after the other.
-
-    `input_ids` (tokens,) int32; `is_target` (tokens,) bool, 1 where the loss counts; `lengths` (rows,) int64;
-    `origins` (rows, 2) int64, number and line of each row's record.
-    """
-
-    input_ids: np.ndarray
-    is_target: np.ndarray
-    lengths: np.ndarray
-    origins: np.ndarray
-    report: DatasetReport
+__all__ = ["ConversationDataset", "DatasetReport", "build_dataset"]
 
 
 class ConversationDataset:
@@ -201,7 +102,7 @@ def build_dataset(
     settings = RowSettings(train_format, max_seq_length, max_source_length, max_target_length, truncation_strategy)
     is_disabled = None if show_progress is None else not show_progress
     with tqdm(desc=f"Tokenizing {records.path.name}", unit=" rows", disable=is_disabled) as bar:
-        chunks = _render_chunks(records, tokenizer, settings, num_workers or 1)
+        chunks = render_chunks(records, tokenizer, settings, num_workers or 1)
         dataset = ConversationDataset(records, _count_progress(chunks, bar))
     if not len(dataset):
         raise RecordError(
@@ -215,94 +116,3 @@ def _count_progress(chunks: Iterable[RenderedChunk], bar: tqdm) -> Iterator[Rend
     for chunk in chunks:
         bar.update(chunk.report.rows_read)
         yield chunk
-
-
-def _render_chunks(
-    records: RecordFile,
-    tokenizer: ChatTokenizer,
-    settings: RowSettings,
-    num_workers: int,
-    in_process_rows: int = IN_PROCESS_ROWS,
-    start_method: str = "spawn",
-) -> Iterator[RenderedChunk]:
-    """Renders in this process, and from the row `in_process_rows` on in others where there are to be several.
-
-    They are spawned and not forked: a fork of a process that runs threads (PyTorch's, a progress bar's) can hang.
-    """
-    located = records.iterate_located()
-    first_rows = itertools.islice(located, in_process_rows) if num_workers > 1 else located
-    for chunk in _batched(first_rows, CHUNK_ROWS):
-        yield _render_chunk(tokenizer, settings, chunk)
-    next_row = next(located, None)
-    if next_row is not None:
-        chunks = _batched(itertools.chain([next_row], located), CHUNK_ROWS)
-        yield from _render_in_processes(chunks, tokenizer, settings, num_workers, start_method)
-
-
-def _render_in_processes(
-    chunks: Iterator[list[Located]],
-    tokenizer: ChatTokenizer,
-    settings: RowSettings,
-    num_workers: int,
-    start_method: str,
-) -> Iterator[RenderedChunk]:
-    """Keeps a few chunks a worker under way, in order, so that neither records nor rows pile up."""
-    context = multiprocessing.get_context(start_method)
-    with ProcessPoolExecutor(num_workers, context, _start_worker, (tokenizer, settings)) as pool:
-        under_way = deque()
-        try:
-            for chunk in chunks:
-                under_way.append(pool.submit(_render_chunk_in_worker, chunk))
-                if len(under_way) >= num_workers * CHUNKS_IN_FLIGHT:
-                    yield under_way.popleft().result()
-            while under_way:
-                yield under_way.popleft().result()
-        except BrokenProcessPool as error:
-            raise RuntimeError(
-                f"one of {num_workers} tokenizing processes died, perhaps for want of memory; "
-                "try --preprocessing_num_workers 1"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-_worker_state: tuple[ChatTokenizer, RowSettings]
-
-
-def _start_worker(tokenizer: ChatTokenizer, settings: RowSettings) -> None:
-    global _worker_state
-    _worker_state = (tokenizer, settings)
-
-
-def _render_chunk_in_worker(chunk: list[Located]) -> RenderedChunk:
-    return _render_chunk(*_worker_state, chunk)
-
-
-def _render_chunk(tokenizer: ChatTokenizer, settings: RowSettings, chunk: list[Located]) -> RenderedChunk:
-    report = DatasetReport(path="", rows_read=len(chunk))
-    kept: list[tuple[Located, Rendering]] = []
-    for located in chunk:
-        rendering = settings.render(tokenizer, located.value)
-        if all(label == IGNORED_LABEL for label in rendering.labels):
-            report.rows_dropped_masked += 1
-            continue
-        kept.append((located, rendering))
-        report.rows_cut += rendering.is_cut or rendering.turns_dropped > 0
-        report.rows_cut_inside += rendering.is_cut
-        report.turns_kept += len(rendering.turn_starts)
-        report.turns_dropped += rendering.turns_dropped
-    input_ids = np.fromiter(itertools.chain.from_iterable(row.input_ids for _, row in kept), dtype=np.int32)
-    labels = np.fromiter(itertools.chain.from_iterable(row.labels for _, row in kept), dtype=np.int32)
-    is_target = labels != IGNORED_LABEL
-    report.rows_kept = len(kept)
-    report.tokens_total, report.tokens_supervised = len(input_ids), int(is_target.sum())
-    lengths = np.array([len(row.input_ids) for _, row in kept], dtype=np.int64)
-    origins = np.array([(located.number, located.line) for located, _ in kept], dtype=np.int64)
-    return RenderedChunk(input_ids, is_target, lengths, origins, report)
-
-
-def _batched(items: Iterable[Located], size: int) -> Iterator[list[Located]]:
-    """Lists of `size` items (itertools.batched needs Python 3.12)."""
-    iterator = iter(items)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch
