@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
 )
 
 from finetune_chatmodel_demo.chatglm3.attention import register_prefix_attention
@@ -22,12 +23,14 @@ from finetune_chatmodel_demo.chatglm3.checkpoints import (
     save_prefix,
 )
 from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
+from finetune_chatmodel_demo.chatglm3.loading import load_model, load_tokenizer
 from finetune_chatmodel_demo.chatglm3.modeling import (
     ChatGLM3ForCausalLM,
     ChatGLM3ForSequenceClassification,
     ChatGLM3Model,
 )
 from finetune_chatmodel_demo.chatglm3.prefix import PrefixEncoder
+from finetune_chatmodel_demo.chatglm3.tokenizer import ChatGLMTokenizer
 from finetune_chatmodel_demo.chatglm3.weights import register_official_layout
 
 __all__ = [
@@ -35,11 +38,14 @@ __all__ = [
     "ChatGLM3ForCausalLM",
     "ChatGLM3ForSequenceClassification",
     "ChatGLM3Model",
+    "ChatGLMTokenizer",
     "PrefixConfig",
     "PrefixEncoder",
     "PrefixError",
     "is_prefix_checkpoint",
+    "load_model",
     "load_prefix",
+    "load_tokenizer",
     "read_prefix_config",
     "save_prefix",
 ]
@@ -47,6 +53,7 @@ __all__ = [
 register_official_layout()
 register_prefix_attention()
 AutoConfig.register(ChatGLM3Config.model_type, ChatGLM3Config, exist_ok=True)
+AutoTokenizer.register(ChatGLM3Config, slow_tokenizer_class=ChatGLMTokenizer, exist_ok=True)
 # The official auto_map gives the model with its head under all three names.
 AutoModel.register(ChatGLM3Config, ChatGLM3ForCausalLM, exist_ok=True)
 AutoModelForCausalLM.register(ChatGLM3Config, ChatGLM3ForCausalLM, exist_ok=True)

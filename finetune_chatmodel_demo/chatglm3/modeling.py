@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, PreTrainedModel, initialization
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.glm.modeling_glm import GlmForCausalLM, GlmModel, GlmPreTrainedModel
 
 from finetune_chatmodel_demo.chatglm3.attention import PREFIX_ATTENTION, Prefix, cache_with_prefix
 from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
-from finetune_chatmodel_demo.chatglm3.prefix import PrefixEncoder
+from finetune_chatmodel_demo.chatglm3.prefix import PREFIX_INIT_STD, PrefixEmbedding, PrefixEncoder
 
 IGNORED_LABEL = -100
 # Supervised positions whose logits exist at one time: 1,024 × 65,024 × 4 bytes = 254 MiB.
@@ -35,12 +35,11 @@ class ChatGLM3PreTrainedModel(GlmPreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]  # noqa: RUF012 - extended in place by transformers
 
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        is_loaded = getattr(module, "_is_hf_initialized", False)
-        if isinstance(module, PrefixEncoder) and not (
-            is_loaded or getattr(module.embedding.weight, "_is_hf_initialized", False)
-        ):
-            module.reset_parameters()
+        """As transformers does it, and N(0, 1) for a prefix that a configuration with `pre_seq_len` asks for."""
+        if isinstance(module, PrefixEmbedding):
+            initialization.normal_(module.weight, std=PREFIX_INIT_STD)  # leaves loaded weights alone
+        else:
+            super()._init_weights(module)
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
@@ -52,6 +51,8 @@ class ChatGLM3PreTrainedModel(GlmPreTrainedModel):
 
     def save_pretrained(self, save_directory: Any, *args: Any, state_dict: dict | None = None, **kwargs: Any) -> None:
         """Writes the official layout, with the rotary frequencies that the original code keeps among the weights."""
+        # transformers would reuse the renamings that loading needed, which lack those of a new prefix or head.
+        self._weight_conversions = None
         if state_dict is None:
             state_dict = self.state_dict()
         frequencies = self.base_model.rotary_emb.inv_freq.to("cpu", self.dtype, copy=True)

@@ -14,6 +14,10 @@ PREFIX_DROPOUT = 0.1
 PREFIX_INIT_STD = 1.0
 
 
+class PrefixEmbedding(nn.Embedding):
+    """One row for each prefix position; a class of its own because it starts wider than a word embedding."""
+
+
 class PrefixEncoder(nn.Module):
     """Holds the parameters of a prefix and computes its keys and values.
 
@@ -29,7 +33,7 @@ class PrefixEncoder(nn.Module):
         super().__init__()
         assert config.pre_seq_len, "a prefix encoder needs config.pre_seq_len"
         self.shape = (config.num_layers, 2, config.multi_query_group_num, config.kv_channels)
-        self.embedding = nn.Embedding(config.pre_seq_len, config.kv_size)
+        self.embedding = PrefixEmbedding(config.pre_seq_len, config.kv_size)
         self.trans = None
         if config.prefix_projection:
             self.trans = nn.Sequential(

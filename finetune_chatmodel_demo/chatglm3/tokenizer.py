@@ -13,14 +13,14 @@ Exercise it with `pytest tests/test_tokenizer.py`.
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import BatchEncoding, PreTrainedTokenizer
+from transformers import PreTrainedTokenizer
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-from finetune_chatmodel_demo.chatglm3.chat import build_chat, list_tools
+from finetune_chatmodel_demo.chatglm3.chat import ChatMethods
 from finetune_chatmodel_demo.chatglm3.vocabulary import (
     CONTROL_TOKENS,
     SPTokenizer,
@@ -28,11 +28,10 @@ from finetune_chatmodel_demo.chatglm3.vocabulary import (
     read_sentencepiece_file,
 )
 
-ROLES = ("system", "user", "assistant", "observation")
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
-class ChatGLMTokenizer(PreTrainedTokenizer):
+class ChatGLMTokenizer(ChatMethods, PreTrainedTokenizer):
     """The tokenizer of ChatGLM3-6B, -base, -32k and ChatGLM2-6B, and of any other SentencePiece model in their layout.
 
     The class has the official name because `AutoTokenizer` looks it up by that name. `tokenizer.tokenizer` holds the
@@ -78,8 +77,6 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             extra_special_tokens=list(CONTROL_TOKENS),
             **{**self._default_named_tokens(), **kwargs},
         )
-
-    # --- vocabulary -------------------------------------------------------------------------------------------------
 
     @property
     def vocab_size(self) -> int:
@@ -148,11 +145,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             wrong += [str(token) for token in config.pop(name, None) or [] if str(token) not in self.get_vocab()]
         if wrong:
             raise ValueError(
-                f"tokenizer_config.json beside {self.vocab_file} adds tokens that this vocabulary does not hold: "
+                f"tokenizer_config.json or added_tokens.json beside {self.vocab_file} adds tokens that this vocabulary does not hold: "
                 f"{', '.join(wrong)}; remove them there or use the tokenizer.model that they belong to"
             )
-
-    # --- text to ids and back ---------------------------------------------------------------------------------------
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of a text by SentencePiece alone: no `[gMASK] sop`, and never a control id.
@@ -202,8 +197,6 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
         return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
 
-    # --- what stands around a text ----------------------------------------------------------------------------------
-
     def get_prefix_tokens(self) -> list[int]:
         """The two ids that begin every sequence: `[gMASK] sop`."""
         return [self.get_command("[gMASK]"), self.get_command("sop")]
@@ -236,134 +229,6 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             positions = padded["position_ids"]
             padded["position_ids"] = zeros + positions if is_left else positions + zeros
         return padded
-
-    # --- chats ------------------------------------------------------------------------------------------------------
-
-    def build_single_message(self, role: str, metadata: str, message: str) -> list[int]:
-        """Ids of one turn: role token, metadata and a line break, content.
-
-        Args:
-            role: system, user, assistant or observation.
-            metadata: Of an assistant that calls a tool, its name; else empty.
-            message: The content, encoded by SentencePiece alone.
-
-        Raises:
-            ValueError: The role is unknown.
-        """
-        if role not in ROLES:
-            raise ValueError(f"role {role!r} is unknown; use {', '.join(ROLES[:-1])} or {ROLES[-1]}")
-        return [self.get_command(f"<|{role}|>"), *self.encode_text(f"{metadata}\n"), *self.encode_text(message)]
-
-    def build_chat_input(
-        self, query: str, history: Sequence[dict[str, Any]] | None = None, role: str = "user"
-    ) -> BatchEncoding:
-        """What the model reads before it replies: history, query, open `<|assistant|>`.
-
-        Args:
-            query: The newest message.
-            history: Messages with `role`, `content`, and where they apply `metadata` and (of a system message) `tools`.
-            role: Whose message the query is; "observation" for the result of a tool.
-
-        Returns:
-            `input_ids`, `attention_mask` and `position_ids`, tensors of shape (1, T).
-
-        Raises:
-            ValueError: A message is malformed.
-        """
-        messages = [*(history or []), {"role": role, "content": query}]
-        return self.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
-
-    def apply_chat_template(
-        self,
-        conversation: Sequence[dict[str, Any]] | Sequence[Sequence[dict[str, Any]]],
-        tools: Sequence[dict[str, Any] | Callable] | None = None,
-        documents: Sequence[dict[str, str]] | None = None,
-        chat_template: str | None = None,
-        add_generation_prompt: bool = False,
-        continue_final_message: bool = False,
-        tokenize: bool = True,
-        padding: bool | str = False,
-        truncation: bool = False,
-        max_length: int | None = None,
-        return_tensors: str | None = None,
-        return_dict: bool = True,
-        return_assistant_tokens_mask: bool = False,
-        tokenizer_kwargs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> str | list[str] | list[int] | list[list[int]] | BatchEncoding:
-        """Ids of a chat, or of a batch of chats: `[gMASK] sop` and its messages, the same as `build_chat_input` gives.
-
-        No Jinja template is involved, not even one in `tokenizer_config.json`: those write control tokens as text.
-
-        Args:
-            conversation: Messages as in `build_chat_input`, or several such lists.
-            tools: Become a first system message, in the official wording. Functions and JSON schemas.
-            documents: Not supported.
-            chat_template: Not supported.
-            add_generation_prompt: Whether an open `<|assistant|>` ends the chat.
-            continue_final_message: Whether the last message is to be continued. ChatGLM3 has no end of a turn, so that
-                it only excludes `add_generation_prompt`.
-            tokenize: False gives a text to read. Do not encode it: control tokens in a text are only text.
-            padding: As in `tokenizer(...)`.
-            truncation: As in `tokenizer(...)`.
-            max_length: As in `tokenizer(...)`.
-            return_tensors: "pt" or "np".
-            return_dict: False gives `input_ids` alone.
-            return_assistant_tokens_mask: Adds `assistant_masks`: 1 at every token that the assistant writes, which are
-                metadata line, content and the role token after them, with which it stops.
-            tokenizer_kwargs: More arguments of `tokenizer(...)`.
-            **kwargs: Variables for Jinja templates; they have no effect.
-
-        Raises:
-            ValueError: A message is malformed, or an argument is not supported.
-        """
-        if documents or chat_template is not None:
-            raise ValueError(
-                f"{'documents' if documents else 'chat_template'} is not supported: chats are built from structure, "
-                "so that no text becomes a control token; put it into the messages"
-            )
-        if continue_final_message and add_generation_prompt:
-            raise ValueError("continue_final_message and add_generation_prompt exclude each other; choose one")
-        if return_assistant_tokens_mask and not (tokenize and return_dict):
-            raise ValueError("return_assistant_tokens_mask needs tokenize=True and return_dict=True")
-        if not conversation:
-            raise ValueError("the conversation is empty; give at least one message")
-        is_batched = not isinstance(conversation[0], dict)
-        conversations = conversation if is_batched else [conversation]
-        listed_tools = list_tools(tools)
-        chats = [build_chat(self, messages, listed_tools, add_generation_prompt) for messages in conversations]
-        if not tokenize:
-            texts = [self.decode(chat.input_ids) for chat in chats]
-            return texts if is_batched else texts[0]
-        options = {"padding": padding, "truncation": truncation, "max_length": max_length, **(tokenizer_kwargs or {})}
-        rows = [chat.input_ids for chat in chats]
-        encoded = self(
-            rows if is_batched else rows[0], add_special_tokens=False, return_tensors=return_tensors, **options
-        )
-        if not return_dict:
-            return encoded["input_ids"]
-        if return_assistant_tokens_mask:
-            self._add_assistant_masks(encoded, [chat.assistant_mask for chat in chats], is_batched, options)
-            encoded.convert_to_tensors(return_tensors)
-        return encoded
-
-    def _add_assistant_masks(
-        self, encoded: BatchEncoding, masks: list[list[int]], is_batched: bool, options: dict[str, Any]
-    ) -> None:
-        """Adds `assistant_masks`, cut and padded as `input_ids` are."""
-        rows = encoded["input_ids"]
-        is_nested = is_batched or not isinstance(rows, list)
-        limit = (options["max_length"] or self.model_max_length) if options["truncation"] else None
-        pads_left = (options.get("padding_side") or self.padding_side) == "left"
-        fitted = []
-        for mask, row in zip(masks, rows if is_nested else [rows], strict=True):
-            cut = len(mask) - limit if limit is not None and len(mask) > limit else 0
-            mask = mask[cut:] if self.truncation_side == "left" else mask[: len(mask) - cut]
-            zeros = [0] * (len(row) - len(mask))
-            fitted.append(zeros + mask if pads_left else mask + zeros)
-        encoded["assistant_masks"] = fitted if is_nested else fitted[0]
-
-    # --- saving -----------------------------------------------------------------------------------------------------
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
         """Writes `tokenizer.model`, byte for byte the one that was loaded, unless it is there already."""
