@@ -1,0 +1,66 @@
+#!/usr/bin/env python
+"""Fine-tunes a ChatGLM3: a P-Tuning v2 prefix with --pre_seq_len, else all parameters.
+
+    python finetune_chatmodel_demo/finetune.py --train_format multi-turn \\
+        --train_file formatted_data/pokemon_conversations.jsonl --model_name_or_path THUDM/chatglm3-6b \\
+        --output_dir output/pokemon --pre_seq_len 128 --max_steps 1000
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from finetune_chatmodel_demo.training.arguments import SettingsError, build_parser, parse_given, quick_help
+
+INTERRUPTED = 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        argv: flags; default: those of the process.
+
+    Returns:
+        The exit status: 0, 1 for an error that was explained, 130 after Ctrl-C.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or "--help" in argv or "-h" in argv:
+        print(quick_help())
+        return 0
+    if "--help_all" in argv:
+        print(build_parser().format_help())
+        return 0
+    logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stdout)
+    logging.getLogger("finetune_chatmodel_demo").setLevel(logging.INFO)
+    try:
+        given, notices = parse_given(argv)
+        return _run(given, notices)
+    except KeyboardInterrupt:
+        print("interrupted; --resume_from_checkpoint True continues from the newest checkpoint", file=sys.stderr)
+        return INTERRUPTED
+    except SettingsError as error:
+        print(f"finetune.py: error: {error}", file=sys.stderr)
+        return 1
+
+
+def _run(given: dict[str, object], notices: list[str]) -> int:
+    from finetune_chatmodel_demo.chatglm3.checkpoints import PrefixError
+    from finetune_chatmodel_demo.conversation import RecordError
+    from finetune_chatmodel_demo.training.settings import decide_settings
+    from finetune_chatmodel_demo.training.trainer import NonFiniteLossError
+    from finetune_chatmodel_demo.training.workflow import run_finetuning
+
+    try:
+        run_finetuning(decide_settings(given, notices))
+    except (RecordError, PrefixError, NonFiniteLossError, FileNotFoundError) as error:
+        print(f"finetune.py: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

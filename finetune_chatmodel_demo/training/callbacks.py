@@ -1,0 +1,87 @@
+"""What happens beside the steps: the order of an epoch, tokens per second, a warning when nothing is learned."""
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback
+
+if TYPE_CHECKING:
+    from finetune_chatmodel_demo.training.trainer import ChatTrainer
+
+logger = logging.getLogger(__name__)
+
+
+class EpochOrder(TrainerCallback):
+    """Tells the sampler which epoch begins, also when a run is resumed in the middle of one."""
+
+    def __init__(self, trainer: "ChatTrainer") -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        order = getattr(self.trainer, "row_order", None)
+        if order is not None:
+            order.set_epoch(int((state.epoch or 0) + 1e-6))
+
+
+class Throughput(TrainerCallback):
+    """Counts tokens and the seconds spent in steps (not in validation or saving) since the last log entry."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.started: float | None = None
+        self.counts: torch.Tensor | None = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.started is not None:
+            self.seconds += time.perf_counter() - self.started
+            self.started = None
+
+    def add(self, counts: torch.Tensor) -> None:
+        """Adds a batch: (2,), all tokens without padding and supervised ones."""
+        self.counts = counts.clone() if self.counts is None else self.counts + counts
+
+    def collect(self, accelerator: Any) -> dict[str, float]:
+        """Returns tokens per second over all processes since the last call, and starts over."""
+        if self.counts is None or self.seconds == 0:
+            return {}
+        total, supervised = accelerator.reduce(self.counts, reduction="sum").tolist()
+        speeds = {
+            "tokens_per_second": round(total / self.seconds),
+            "supervised_tokens_per_second": round(supervised / self.seconds),
+        }
+        self.seconds, self.counts = 0.0, None
+        return speeds
+
+
+class StuckLossWarning(TrainerCallback):
+    """Warns once when the loss has not moved after a quarter of the run: waiting longer rarely helps."""
+
+    SHARE_OF_RUN = 0.25
+    FEWEST_ENTRIES = 12
+    LEAST_IMPROVEMENT = 0.03
+
+    def __init__(self, is_prefix: bool) -> None:
+        self.is_prefix = is_prefix
+        self.has_looked = False
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.has_looked or not state.is_world_process_zero:
+            return
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        if state.global_step < self.SHARE_OF_RUN * state.max_steps or len(losses) < self.FEWEST_ENTRIES:
+            return
+        self.has_looked = True
+        third = len(losses) // 3
+        before, now = sum(losses[:third]) / third, sum(losses[-third:]) / third
+        if now > (1 - self.LEAST_IMPROVEMENT) * before:
+            usual = "2e-2 for a prefix" if self.is_prefix else "1e-4 for all parameters"
+            logger.warning(
+                "the loss has hardly moved after %d of %d steps: %.3f at the start, %.3f now. The learning rate is "
+                "%g; the original's scripts use %s.",
+                *(state.global_step, state.max_steps, before, now, args.learning_rate, usual),
+            )

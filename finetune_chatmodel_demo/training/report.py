@@ -1,0 +1,69 @@
+"""What a run prints before it starts."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from finetune_chatmodel_demo.training.settings import P_TUNING, Settings
+
+if TYPE_CHECKING:
+    from finetune_chatmodel_demo.training.trainer import ChatTrainer
+
+LONGEST_SANITY_CHECK = 60
+
+
+def describe_start(settings: Settings, trainer: "ChatTrainer") -> str:
+    """Returns the effective settings as a table, one line each."""
+    args, rows = trainer.args, len(trainer.train_dataset)
+    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    everything = sum(p.numel() for p in trainer.model.parameters())
+    effective = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    steps = count_steps(trainer)
+    warmup = args.get_warmup_steps(steps)
+    method = settings.method
+    if method == P_TUNING:
+        method += f", a prefix of {trainer.model.prefix_encoder.length} positions"
+    lines = {
+        "method": f"{method}: {trainable:,} of {everything:,} parameters train",
+        "base model": settings.model.model_name_or_path,
+        "learning rate": f"{args.learning_rate:g}, {_name(args.lr_scheduler_type)}, warm-up over {warmup} steps",
+        "batch": f"{args.per_device_train_batch_size} rows × {args.gradient_accumulation_steps} accumulated × "
+        f"{args.world_size} processes = {effective} rows a step",
+        "steps": f"{steps} of {effective} rows = {steps * effective / rows:.2f} epochs of {rows} rows",
+        "precision": settings.precision
+        + (f", base in {bits} bits" if (bits := settings.model.quantization_bit) else ""),
+        "device": f"{args.device}, gradient checkpointing {'on' if uses_checkpointing(args) else 'off'}",
+        "output": f"{args.output_dir}, a checkpoint every {args.save_steps:g} {_name(args.save_strategy)}",
+        "resumed from": str(settings.checkpoint) if settings.checkpoint else "nothing, a new run",
+    }
+    return "\n".join(f"  {name:<14} {text}" for name, text in lines.items())
+
+
+def count_steps(trainer: "ChatTrainer") -> int:
+    """Optimizer steps of the whole run."""
+    if trainer.args.max_steps > 0:
+        return trainer.args.max_steps
+    return trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+
+
+def uses_checkpointing(args: Any) -> bool:
+    """Whether activations are recomputed; transformers 5.23 renamed the setting."""
+    return bool(getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing)
+
+
+def sanity_check(tokenizer: Any, input_ids: Sequence[int], labels: Sequence[int]) -> str:
+    """Returns the first row as the original demo shows it: token, id and label, one a line.
+
+    The middle of a long row is left out.
+    """
+    lines = [
+        f"{tokenizer.convert_ids_to_tokens(token)!r:>20}: {token} -> {label}"
+        for token, label in zip(input_ids, labels, strict=True)
+    ]
+    if len(lines) > LONGEST_SANITY_CHECK:
+        half = LONGEST_SANITY_CHECK // 2
+        lines[half:-half] = [f"{'…':>20}  ({len(lines) - 2 * half} tokens are not shown)"]
+    return "\n".join(["sanity check: the first row (-100: no loss)", *lines])
+
+
+def _name(value: Any) -> str:
+    return str(getattr(value, "value", value))

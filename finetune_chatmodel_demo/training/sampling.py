@@ -1,0 +1,58 @@
+"""The order of the rows: random, in units of similar length, and a function of seed and epoch alone.
+
+A resumed run must see the rows that the killed one would have seen, so the order never depends on the state of a
+random number generator.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import Sampler
+
+UNITS_PER_POOL = 50
+
+
+class LengthGroupedBatches(Sampler[int]):
+    """Yields every row once an epoch; each `unit` consecutive rows are of similar length.
+
+    A unit is what is computed at the same time: one batch on every device. Rows are shuffled, cut into pools of 50
+    units, sorted by length within a pool, and the units are shuffled again, so that lengths stay mixed over time.
+    """
+
+    def __init__(self, lengths: Sequence[int], unit: int, seed: int, is_grouped: bool = True) -> None:
+        """
+        Args:
+            lengths: tokens of each row.
+            unit: rows computed at the same time (batch size × processes).
+            seed: of the order.
+            is_grouped: False shuffles only.
+        """
+        self.lengths = lengths
+        self.unit = unit
+        self.seed = seed
+        self.is_grouped = is_grouped
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order; the trainer calls it before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        if not self.is_grouped or self.unit == 1:
+            return iter(order)
+        pool_size = self.unit * UNITS_PER_POOL
+        order = [
+            index
+            for start in range(0, len(order), pool_size)
+            for index in sorted(order[start : start + pool_size], key=lambda i: self.lengths[i], reverse=True)
+        ]
+        units = [order[start : start + self.unit] for start in range(0, len(order), self.unit)]
+        # A last unit that is not full stays last: elsewhere it would shift all that follow.
+        last = [units.pop()] if units and len(units[-1]) < self.unit else []
+        shuffled = [units[i] for i in torch.randperm(len(units), generator=generator).tolist()]
+        return iter([index for unit in shuffled + last for index in unit])
