@@ -1,0 +1,115 @@
+"""Generation as an iterator: `model.generate` runs in a thread, its ids arrive here one by one.
+
+An exception in the thread is raised in the loop that reads the ids; leaving that loop (Ctrl-C, `break`) stops the
+thread at its next token.
+"""
+
+import contextlib
+import logging
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+logger = logging.getLogger(__name__)
+
+# torch.multinomial draws from the random state of the process: two seeded replies at the same time would mix theirs.
+_ONE_REPLY_AT_A_TIME = threading.Lock()
+# Python on Windows does not see Ctrl-C while it waits without a limit.
+_WAIT_SECONDS = 0.2
+
+
+class _QueueStreamer(BaseStreamer):
+    """Puts each generated id in a queue; the first thing that `generate` hands over is the prompt."""
+
+    def __init__(self, ids: queue.SimpleQueue):
+        self._ids = ids
+        self._is_prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._is_prompt:
+            self._is_prompt = False
+            return
+        for token_id in value.reshape(-1).tolist():
+            self._ids.put(token_id)
+
+    def end(self) -> None:
+        """The worker itself says when it is done, also after an exception."""
+
+
+class _StopOnEvent(StoppingCriteria):
+    def __init__(self, event: threading.Event):
+        self._event = event
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self._event.is_set(), device=input_ids.device)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Run with a random state of our own, and leave the process's as it was."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def stream_ids(
+    model: Any, input_ids: list[int], settings: GenerationConfig, *, seed: int | None = None
+) -> Iterator[int]:
+    """Generate after one prompt.
+
+    Args:
+        model: anything with transformers' `generate`.
+        input_ids: the rendered prompt.
+        settings: its `eos_token_id` names the ids that end the reply; they are not handed out.
+        seed: makes sampling repeatable.
+
+    Raises:
+        Exception: whatever `generate` raised in its thread.
+    """
+    ids: queue.SimpleQueue = queue.SimpleQueue()
+    stop = threading.Event()
+
+    def work() -> None:
+        try:
+            prompt = torch.tensor([input_ids], device=model.device)
+            with _ONE_REPLY_AT_A_TIME, _seeded(seed, model.device):
+                model.generate(
+                    input_ids=prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    generation_config=settings,
+                    streamer=_QueueStreamer(ids),
+                    stopping_criteria=StoppingCriteriaList([_StopOnEvent(stop)]),
+                )
+            ids.put(None)
+        except BaseException as error:  # handed to the reading thread, which raises it
+            ids.put(error)
+
+    worker = threading.Thread(target=work, name="generate", daemon=True)
+    worker.start()
+    try:
+        yield from _read_until_done(ids, set(settings.eos_token_id or ()))
+    finally:
+        stop.set()
+        worker.join()
+
+
+def _read_until_done(ids: queue.SimpleQueue, stop_ids: set[int]) -> Iterator[int]:
+    while True:
+        try:
+            item = ids.get(timeout=_WAIT_SECONDS)
+        except queue.Empty:
+            continue
+        if item is None:
+            return
+        if isinstance(item, BaseException):
+            raise item
+        if item not in stop_ids:
+            yield item

@@ -1,0 +1,155 @@
+"""Talks with ChatGLM3, with a P-Tuning v2 prefix or without.
+
+    python finetune_chatmodel_demo/inference.py --pt-checkpoint output/pokemon --model THUDM/chatglm3-6b
+    python finetune_chatmodel_demo/inference.py --pt-checkpoint output/pokemon --prompt 皮卡丘是什么属性？
+    cat questions.txt | python finetune_chatmodel_demo/inference.py --pt-checkpoint output/pokemon
+
+In a terminal it chats (/help lists the commands). Prompts that are piped in, one a line, form one conversation. Replies
+go to standard output, everything else to standard error.
+"""
+
+import argparse
+import contextlib
+import logging
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+if not __package__:  # run as a script: find the package, and let nothing in its folder shadow an installed one
+    _folder = Path(__file__).resolve().parent
+    sys.path[:] = [str(_folder.parent), *(entry for entry in sys.path if entry != str(_folder))]
+
+from finetune_chatmodel_demo.generation.loading import (
+    ModelChoice,
+    UsageError,
+    add_model_arguments,
+    choose_model,
+    load_choice,
+)
+
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; every flag is also accepted with underscores."""
+    parser = argparse.ArgumentParser(
+        description="Talk with ChatGLM3, with a P-Tuning v2 prefix or without. In a terminal: a chat. With --prompt: "
+        "one answer. Prompts piped through standard input, one a line, form one conversation.",
+    )
+    add_model_arguments(parser)
+    add = parser.add_argument
+    add("--prompt", metavar="TEXT", help="answer this and leave")
+    add("--system", metavar="TEXT", help="system prompt")
+    add("--max-new-tokens", "--max_new_tokens", type=int, default=128, metavar="N", help="longest reply (128)")
+    add("--do-sample", "--do_sample", action="store_true", help="sample; each of the next three implies it")
+    add("--temperature", type=float, metavar="X", help="0.8 when sampling; 0 means greedy")
+    add("--top-p", "--top_p", type=float, metavar="X", help="0.8 when sampling")
+    add("--top-k", "--top_k", type=int, metavar="N", help="50 when sampling; 0 switches it off")
+    add(
+        "--repetition-penalty",
+        "--repetition_penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="above 1: repeat less (1, also when greedy)",
+    )
+    add("--seed", type=int, metavar="N", help="makes sampling repeatable")
+    return parser
+
+
+def sampling_options(arguments: argparse.Namespace) -> dict[str, object]:
+    """The settings of `ChatSession` that were given; any number for sampling switches it on."""
+    names = ("temperature", "top_p", "top_k")
+    options = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    return options | {
+        "do_sample": arguments.do_sample or bool(options),
+        "repetition_penalty": arguments.repetition_penalty,
+        "max_new_tokens": arguments.max_new_tokens,
+        "seed": arguments.seed,
+    }
+
+
+def decode_lines(raw_lines: Iterable[bytes]) -> Iterator[str]:
+    """Lines of standard input: UTF-8, with or without BOM, or GBK.
+
+    Raises:
+        UsageError: a line is neither.
+    """
+    for number, raw in enumerate(raw_lines, 1):
+        for encoding in ("utf-8-sig", "gb18030"):
+            try:
+                line = raw.decode(encoding)
+                break
+            except UnicodeDecodeError:
+                continue
+        else:
+            raise UsageError(f"standard input line {number} is neither UTF-8 nor GBK; save the prompts as UTF-8")
+        yield line
+
+
+def describe(choice: ModelChoice) -> str:
+    """One line on what answers."""
+    prefix = f" + prefix {choice.prefix}" if choice.prefix else ""
+    return f"{choice.model}{prefix}, {choice.prompt_format} prompts, on {choice.device}"
+
+
+def chat(arguments: argparse.Namespace) -> None:
+    """Load and answer: one prompt, the lines of a pipe, or a person.
+
+    Raises:
+        OSError, ValueError: something that the user gave cannot be used.
+    """
+    if arguments.prompt is not None and not arguments.prompt.strip():
+        raise UsageError("--prompt is empty; say something")
+    choice = choose_model(arguments)
+    for notice in choice.notices:
+        print(notice, file=sys.stderr)
+    if arguments.system and choice.prompt_format == "input-output":
+        raise UsageError("--system has no place in the input-output format, which is the question alone; leave it out")
+    model, tokenizer = load_choice(choice)
+    from finetune_chatmodel_demo.generation.session import ChatSession
+    from finetune_chatmodel_demo.generation.terminal import TerminalChat, answer_lines
+
+    session = ChatSession(
+        model,
+        tokenizer,
+        prompt_format=choice.prompt_format,
+        system=arguments.system,
+        **sampling_options(arguments),
+    )
+    print(describe(choice), file=sys.stderr)
+    if arguments.prompt is not None:
+        answer_lines(session, [arguments.prompt], sys.stdout)
+    elif not sys.stdin.isatty():
+        answer_lines(session, decode_lines(sys.stdin.buffer), sys.stdout)
+    else:
+        _enable_line_editing()
+        print("/help lists the commands, Ctrl-C ends a reply, /exit leaves", file=sys.stderr)
+        TerminalChat(session, input, sys.stdout).run()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run; returns the exit code: 2 for a mistake in what was given, 130 after Ctrl-C."""
+    arguments = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character must not end the chat.
+        stream.reconfigure(errors="replace")
+    try:
+        chat(arguments)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    return 0
+
+
+def _enable_line_editing() -> None:
+    with contextlib.suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401 - importing it is what makes `input` editable
+
+
+if __name__ == "__main__":
+    sys.exit(main())
