@@ -15,6 +15,7 @@ from typing import Any, TextIO
 BLOCK_BYTES = 1 << 20
 _JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 _JSON_SPACE = " \t\r\n\ufeff"
+_SPACE_RUN = re.compile(f"[{_JSON_SPACE}]*")
 # Longest token that can look wrong only because the text read so far ends in it: an escaped surrogate pair.
 _LONGEST_CUT_TOKEN = 16
 
@@ -212,11 +213,9 @@ class _Window:
     def next_character(self) -> str:
         """Moves to the next character that is not white space; "" at the end of the file."""
         while True:
-            rest = self.text[self.position :]
-            stripped = rest.lstrip(_JSON_SPACE) if rest[:1] in _JSON_SPACE else rest
-            self._advance(len(rest) - len(stripped))
-            if stripped or not self._grow():
-                return stripped[:1]
+            self._advance(_SPACE_RUN.match(self.text, self.position).end() - self.position)
+            if self.position < len(self.text) or not self._grow():
+                return self.text[self.position : self.position + 1]
 
     def expect(self, character: str, what: str) -> None:
         """Steps over one character, or says what should have been there."""

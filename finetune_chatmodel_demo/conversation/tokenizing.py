@@ -26,6 +26,8 @@ CHUNK_ROWS = 256
 # Below this, starting processes takes longer than tokenizing here (some 0.3 ms a row, some 3 s a process).
 IN_PROCESS_ROWS = 8192
 CHUNKS_IN_FLIGHT = 4
+# Not forked: a fork of a process that runs threads (PyTorch's, a progress bar's) can hang.
+START_METHOD = "spawn"
 
 
 @dataclass
@@ -113,36 +115,24 @@ class RenderedChunk:
 
 
 def render_chunks(
-    records: RecordFile,
-    tokenizer: ChatTokenizer,
-    settings: RowSettings,
-    num_workers: int,
-    in_process_rows: int = IN_PROCESS_ROWS,
-    start_method: str = "spawn",
+    records: RecordFile, tokenizer: ChatTokenizer, settings: RowSettings, num_workers: int
 ) -> Iterator[RenderedChunk]:
-    """Renders in this process, and from the row `in_process_rows` on in others where there are to be several.
-
-    They are spawned and not forked: a fork of a process that runs threads (PyTorch's, a progress bar's) can hang.
-    """
+    """Renders in this process, and where there are to be several, in others from row IN_PROCESS_ROWS on."""
     located = records.iterate_located()
-    first_rows = itertools.islice(located, in_process_rows) if num_workers > 1 else located
+    first_rows = itertools.islice(located, IN_PROCESS_ROWS) if num_workers > 1 else located
     for chunk in _batched(first_rows, CHUNK_ROWS):
         yield _render_chunk(tokenizer, settings, chunk)
     next_row = next(located, None)
     if next_row is not None:
         chunks = _batched(itertools.chain([next_row], located), CHUNK_ROWS)
-        yield from _render_in_processes(chunks, tokenizer, settings, num_workers, start_method)
+        yield from _render_in_processes(chunks, tokenizer, settings, num_workers)
 
 
 def _render_in_processes(
-    chunks: Iterator[list[Located]],
-    tokenizer: ChatTokenizer,
-    settings: RowSettings,
-    num_workers: int,
-    start_method: str,
+    chunks: Iterator[list[Located]], tokenizer: ChatTokenizer, settings: RowSettings, num_workers: int
 ) -> Iterator[RenderedChunk]:
     """Keeps a few chunks a worker under way, in order, so that neither records nor rows pile up."""
-    context = multiprocessing.get_context(start_method)
+    context = multiprocessing.get_context(START_METHOD)
     with ProcessPoolExecutor(num_workers, context, _start_worker, (tokenizer, settings)) as pool:
         under_way = deque()
         try:
