@@ -1,19 +1,20 @@
-"""What every program in this folder needs: encodings, streaming JSON in, whole files out, readable errors.
+"""What every program in this folder needs: files written whole or not at all, one-line errors.
 
 Exercised by `pytest tests/test_data_processing.py`.
 """
 
-import codecs
+import argparse
 import difflib
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-SCAN_BYTES = 1 << 20
+from finetune_chatmodel_demo.conversation.json_files import RecordError
 
 
 class DataError(ValueError):
@@ -24,7 +25,7 @@ def run_entry(main: Callable[[], None]) -> None:
     """Runs `main`; a mistake in the data becomes one line on stderr and exit status 1, not a traceback."""
     try:
         main()
-    except (DataError, OSError) as error:
+    except (DataError, RecordError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted: no output was written")
@@ -44,44 +45,6 @@ def find_input(path: str | Path) -> Path:
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty (0 bytes)")
     return path
-
-
-def detect_encoding(path: Path) -> str:
-    """Finds how a text file is encoded by reading all of it once, one MiB at a time.
-
-    Returns:
-        "utf-8-sig" (UTF-8 with or without BOM) or "gb18030" (a superset of GBK and GB2312).
-
-    Raises:
-        DataError: UTF-16, a binary file, or bytes that are neither.
-    """
-    with path.open("rb") as file:
-        start = file.read(4)
-    if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in start:
-        raise DataError(f"{path} is UTF-16 or binary (it starts with {start!r}); save it as UTF-8")
-    failures = []
-    for encoding in ("utf-8-sig", "gb18030"):
-        place = _first_undecodable_line(path, encoding)
-        if place is None:
-            return encoding
-        failures.append(f"not {encoding.removesuffix('-sig')} at line {place}")
-    raise DataError(f"{path} has an unknown encoding ({', '.join(failures)}); save it as UTF-8")
-
-
-def _first_undecodable_line(path: Path, encoding: str) -> int | None:
-    """1-based number of the first line with a byte that `encoding` cannot read; None where all can be."""
-    decoder = codecs.getincrementaldecoder(encoding)(errors="strict")
-    lines_before = 0
-    with path.open("rb") as file:
-        while True:
-            block = file.read(SCAN_BYTES)
-            try:
-                decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                return lines_before + error.object[: error.start].count(b"\n") + 1
-            if not block:
-                return None
-            lines_before += block.count(b"\n")
 
 
 @contextmanager
@@ -119,11 +82,6 @@ def whole_files(*paths: Path) -> Iterator[list[IO[str]]]:
             path.unlink(missing_ok=True)
 
 
-def write_json_line(file: IO[str], record: dict[str, Any]) -> None:
-    """One record, one line, Chinese as it is."""
-    file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
 class JsonArrayWriter:
     """Writes a JSON array record by record; `close` writes its end (the file itself stays open)."""
 
@@ -139,3 +97,62 @@ class JsonArrayWriter:
 
     def close(self) -> None:
         self.file.write("\n]\n")
+
+
+def parse_format_arguments(
+    arguments: list[str] | None, description: str, output_name: str, on_bad_record: str = "error"
+) -> argparse.Namespace:
+    """The command line of every format_*.py: `--path`, `--output` (formatted_data/NAME) and `--on_bad_record`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--path", type=Path, required=True, help="JSON array or JSON lines to read")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("formatted_data") / output_name,
+        help="JSON lines to write (default: %(default)s under the current folder)",
+    )
+    parser.add_argument(
+        "--on_bad_record",
+        choices=("error", "skip"),
+        default=on_bad_record,
+        help="stop at the first bad record, or count it and go on (default: %(default)s)",
+    )
+    options = parser.parse_args(arguments)
+    find_input(options.path)
+    if options.output.resolve() == options.path.resolve():
+        raise DataError(f"--output {options.output} is the file to read; name another output")
+    return options
+
+
+def write_records(records: Iterable[dict[str, Any]], output: Path) -> Counter[int]:
+    """Writes records as JSON lines, one at a time; the file appears whole at the end.
+
+    Returns:
+        How many records have how many messages (0 for records without "conversations").
+
+    Raises:
+        DataError: there is no record.
+    """
+    from tqdm import tqdm
+
+    lengths: Counter[int] = Counter()
+    with whole_files(output) as (file,):
+        for record in tqdm(records, unit=" records", desc=output.name):
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            lengths[len(record.get("conversations", ()))] += 1
+        if not lengths:
+            raise DataError(f"no good record for {output}; nothing was written")
+    return lengths
+
+
+def print_report(bad_count: int, bad_messages: list[str], lengths: Counter[int], output: Path) -> None:
+    """The numbers that the original demo's scripts print, and what was wrong with the bad records."""
+    for message in bad_messages:
+        print(f"skipped: {message}", file=sys.stderr)
+    if bad_count > len(bad_messages):
+        print(f"skipped: and {bad_count - len(bad_messages)} more", file=sys.stderr)
+    print(f"err_count: {bad_count}")
+    print(f"train_examples: {lengths.total()}")
+    if set(lengths) != {0}:
+        print(f"conversation_distribution: {Counter(dict(sorted(lengths.items())))}")
+    print(f"→ {output}")

@@ -27,14 +27,13 @@ def build_conversations(
         column carries its name. Empty where fewer questions apply to the row than the fewest turns.
     """
     usable = [i for i, question in enumerate(template.questions) if _applies(template, question, row, split)]
-    fewest, most = template.turns
-    if len(usable) < fewest:
+    if len(_keep_one_opening(template, usable)) < template.turns[0]:
         return []
     rng = random.Random(f"{seed}|{split}|{json.dumps(row, ensure_ascii=False)}")
     times_asked = dict.fromkeys(usable, 0)
     records = []
     for _ in range(template.per_row[split]):
-        chosen = _choose_questions(template, rng, times_asked, fewest, most)
+        chosen = _choose_questions(template, rng, times_asked)
         for i in chosen:
             times_asked[i] += 1
         records.append(
@@ -43,22 +42,28 @@ def build_conversations(
     return records
 
 
-def _choose_questions(
-    template: Template, rng: random.Random, times_asked: Mapping[int, int], fewest: int, most: int
-) -> list[int]:
+def _choose_questions(template: Template, rng: random.Random, times_asked: Mapping[int, int]) -> list[int]:
     """Draws the optional ones, then takes those asked least so far, so that all columns get their share."""
+    fewest, most = template.turns
     order = list(times_asked)
     rng.shuffle(order)
     # Questions that were not drawn stand behind, and only fill a conversation up to `fewest`.
     drawn = [i for i in order if rng.random() < template.questions[i].probability]
     rest = [i for i in order if i not in drawn]
-    drawn += rest[: max(0, fewest - len(drawn))]
-    count = rng.randint(fewest, min(most, len(drawn)))
-    chosen = sorted(drawn, key=times_asked.__getitem__)[:count]
+    ranked = _keep_one_opening(template, sorted(drawn, key=times_asked.__getitem__) + rest)
+    enough = max(fewest, sum(i in drawn for i in ranked))
+    chosen = ranked[: rng.randint(fewest, min(most, enough))]
     if template.order == "as_written":
-        return sorted(chosen)
-    rng.shuffle(chosen)
-    return chosen
+        chosen.sort()
+    else:
+        rng.shuffle(chosen)
+    return sorted(chosen, key=lambda i: not template.questions[i].opens)
+
+
+def _keep_one_opening(template: Template, indices: list[int]) -> list[int]:
+    """Leaves out all but the first question that only opens: a conversation has one first turn."""
+    openings = [i for i in indices if template.questions[i].opens]
+    return [i for i in indices if i not in openings[1:]]
 
 
 def _write_turns(

@@ -59,11 +59,15 @@ class Answer:
 
 @dataclass(frozen=True)
 class Question:
-    """One optional turn. `phrasings`: a pool for each split; `probability`: that a conversation considers it."""
+    """One optional turn. `phrasings`: a pool for each split; `probability`: that a conversation considers it.
+
+    `opens`: only ever asked first.
+    """
 
     place: str
     column: str | None
     probability: float
+    opens: bool
     where: tuple[Condition, ...]
     phrasings: Mapping[str, tuple[Phrase, ...]]
     answers: tuple[Answer, ...]

@@ -1,6 +1,6 @@
 """Reads a CSV row by row, with one row in memory, and says exactly what is wrong with a broken one.
 
-Encodings: UTF-8 with or without BOM, GBK (gb18030). Exercised by `python data_processing/data_processing.py`.
+Encodings: those of `json_files.detect_encoding`. Exercised by `python data_processing/data_processing.py`.
 """
 
 import csv
@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_processing.common import DataError, detect_encoding, find_input
+from data_processing.common import DataError, find_input
+from finetune_chatmodel_demo.conversation.json_files import detect_encoding
 
 CELL_LIMIT = 1 << 20
 """Characters. A longer cell is an unclosed quote that swallows the rest of the file."""

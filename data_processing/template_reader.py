@@ -150,19 +150,23 @@ class _TemplateReader:
         return subject
 
     def question(self, data: Any, place: str) -> Question:
-        required, optional = {"train", "answers"}, {"column", "validation", "probability", "where"}
+        required, optional = {"train", "answers"}, {"column", "validation", "probability", "position", "where"}
         self.check_keys(data, place, required, optional)
         column = data.get("column")
         if column is not None and not isinstance(column, str):
             raise self.fail(f"{place}.column", f"expected a column name, got {column!r}")
         if column:
             place = f"{place} ({column})"
+        position = data.get("position", "any")
+        if position not in ("any", "opening"):
+            raise self.fail(f"{place}.position", f"expected any or opening, got {position!r}")
         pools = {"train": self.phrases(data["train"], f"{place}.train")}
         pools["validation"] = self.phrases(data.get("validation", []), f"{place}.validation", may_be_empty=True)
         return Question(
             place=place,
             column=column,
             probability=self.probability(data.get("probability", 1), f"{place}.probability"),
+            opens=position == "opening",
             where=self.conditions(data.get("where"), f"{place}.where"),
             phrasings=pools,
             answers=self.answers(data["answers"], f"{place}.answers"),

@@ -1,0 +1,34 @@
+"""AdvertiseGen's `{"content", "summary"}` → `{"prompt", "response"}`, the input-output format.
+
+`python data_processing/format_advertise_gen.py --path AdvertiseGen/train.json` → formatted_data/advertise_gen.jsonl
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from collections.abc import Iterator
+from typing import Any
+
+from data_processing.common import parse_format_arguments, print_report, run_entry, write_records
+from data_processing.converting import ConvertedRecords
+from finetune_chatmodel_demo.conversation.records import validate_input_output
+
+
+def convert(entry: dict[str, Any], where: str) -> Iterator[dict[str, Any]]:
+    """One advertisement; its keywords are the prompt."""
+    yield {"prompt": entry["content"], "response": entry["summary"]}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Converts every line, and prints the counts."""
+    options = parse_format_arguments(arguments, __doc__, "advertise_gen.jsonl")
+    keys = ("content", "summary")
+    records = ConvertedRecords(options.path, keys, convert, validate_input_output, options.on_bad_record)
+    lengths = write_records(records, options.output)
+    print_report(records.bad_count, records.bad_messages, lengths, options.output)
+
+
+if __name__ == "__main__":
+    run_entry(main)
