@@ -66,7 +66,9 @@ class ChatGLMTokenizer(ChatMethods, PreTrainedTokenizer):
                 "control ids from get_command or build_single_message"
             )
         if vocab_file is None:
-            raise ValueError(f"{kwargs.get('name_or_path') or 'the folder'} has no tokenizer.model")
+            raise ValueError(
+                f"{kwargs.get('name_or_path') or 'the folder'} has no tokenizer.model; copy it from the model's folder"
+            )
         self.vocab_file = str(vocab_file)
         self.tokenizer = SPTokenizer(read_sentencepiece_file(vocab_file), source=str(vocab_file))
         self._vocab: dict[str, int] = {}
@@ -145,8 +147,8 @@ class ChatGLMTokenizer(ChatMethods, PreTrainedTokenizer):
             wrong += [str(token) for token in config.pop(name, None) or [] if str(token) not in self.get_vocab()]
         if wrong:
             raise ValueError(
-                f"tokenizer_config.json or added_tokens.json beside {self.vocab_file} adds tokens that this vocabulary does not hold: "
-                f"{', '.join(wrong)}; remove them there or use the tokenizer.model that they belong to"
+                f"tokenizer_config.json or added_tokens.json beside {self.vocab_file} adds tokens that this vocabulary "
+                f"does not hold: {', '.join(wrong)}; remove them there or use the tokenizer.model that they belong to"
             )
 
     def encode_text(self, text: str) -> list[int]:
