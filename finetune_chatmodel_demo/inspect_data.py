@@ -26,7 +26,10 @@ HTML_ROWS = 50
 def build_parser() -> argparse.ArgumentParser:
     """The flags of this program."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="inspect_data.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--tokenizer", required=True, help="Folder with the tokenizer, e.g. THUDM/chatglm3-6b.")
     parser.add_argument(

@@ -1,6 +1,7 @@
 """The conversation room: reading and validating records, rendering, truncating, datasets, collating."""
 
 import json
+import pickle
 import subprocess
 import sys
 import tracemalloc
@@ -523,6 +524,14 @@ def test_several_processes_build_the_same_rows(tmp_path, start_method, monkeypat
     together = build_dataset("multi-turn", path, TOKENIZER, **SETTINGS, num_workers=2)
     assert [together[row] for row in range(700)] == [alone[row] for row in range(700)]
     assert together.report == alone.report and together.where(699) == alone.where(699)
+
+
+def test_the_real_tokenizer_can_be_sent_to_other_processes(tiny_folder):
+    from finetune_chatmodel_demo.chatglm3 import load_tokenizer
+
+    tokenizer = load_tokenizer(tiny_folder)
+    sent = pickle.loads(pickle.dumps(tokenizer))
+    assert render_conversation(sent, PIKACHU) == render_conversation(tokenizer, PIKACHU)
 
 
 def test_a_bad_record_stops_several_processes_too(tmp_path, monkeypatch):

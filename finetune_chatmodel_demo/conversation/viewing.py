@@ -13,7 +13,7 @@ from finetune_chatmodel_demo.conversation.datasets import ConversationDataset
 from finetune_chatmodel_demo.conversation.rendering import IGNORED_LABEL
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
-_CONTROL_PIECE = re.compile(r"<\|\w+\|>|\[[gs]?MASK\]|sop|eop|<unk>|<s>|</s>|<pad>")
+CONTROL_TOKENS = ("[gMASK]", "sop", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 RESET, GREEN, BLUE, DIM = "\033[0m", "\033[32m", "\033[34m", "\033[2m"
 LENGTH_PERCENTILES = (50, 90, 95, 99)
 
@@ -46,7 +46,7 @@ def format_row(tokenizer: Any, item: dict[str, list[int]], title: str, use_color
     """One row for the terminal: its text with the supervised parts marked, and a table of its tokens.
 
     Args:
-        tokenizer: Anything with `convert_ids_to_tokens`.
+        tokenizer: A `ChatTokenizer` with `convert_ids_to_tokens`.
         item: `input_ids` and `labels`.
         title: What to call the row.
         use_color: Marks with ANSI colours (green: the loss counts); without, with brackets ⟦ ⟧.
@@ -54,12 +54,12 @@ def format_row(tokenizer: Any, item: dict[str, list[int]], title: str, use_color
     Returns:
         The text. In the table, mask 1 means that the loss counts at this token.
     """
-    texts = token_texts(tokenizer, item["input_ids"])
+    texts, control_ids = token_texts(tokenizer, item["input_ids"]), _control_ids(tokenizer)
     is_target = [label != IGNORED_LABEL for label in item["labels"]]
     flow, was_target = [], False
-    for text, counts in zip(texts, is_target):
+    for text, token_id, counts in zip(texts, item["input_ids"], is_target):
         if use_color:
-            flow.append(_paint(text, GREEN if counts else BLUE if _CONTROL_PIECE.fullmatch(text) else DIM))
+            flow.append(_paint(text, GREEN if counts else BLUE if token_id in control_ids else DIM))
         else:
             flow.append(("⟦" if counts and not was_target else "⟧" if was_target and not counts else "") + text)
         was_target = counts
@@ -103,20 +103,27 @@ def token_texts(tokenizer: Any, input_ids: list[int]) -> list[str]:
 def format_html(tokenizer: Any, dataset: ConversationDataset, rows: list[int]) -> str:
     """A page that needs no other file: the summary, and the rows with every token's id and label on hovering."""
     facts = "".join(f"<tr><th>{name}<td>{html.escape(value)}" for name, value in summarize(dataset).items())
+    control_ids = _control_ids(tokenizer)
     sections = []
     for row in rows:
         item = dataset[row]
         title = html.escape(f"row {row} · {dataset.where(row)} · {describe(item)}")
         texts = token_texts(tokenizer, item["input_ids"])
-        triples = enumerate(zip(texts, item["input_ids"], item["labels"]))
-        tokens = "".join(_token_html(position, *triple) for position, triple in triples)
+        tokens = "".join(
+            _token_html(position, text, token_id, label, token_id in control_ids)
+            for position, (text, token_id, label) in enumerate(zip(texts, item["input_ids"], item["labels"]))
+        )
         sections.append(f"<section><h2>{title}</h2><p>{tokens}</p></section>")
     path = html.escape(dataset.report.path)
     return HTML_PAGE.format(path=path, facts=facts, sections="\n".join(sections))
 
 
-def _token_html(position: int, text: str, token_id: int, label: int) -> str:
-    kind = "target" if label != IGNORED_LABEL else "control" if _CONTROL_PIECE.fullmatch(text) else "context"
+def _control_ids(tokenizer: Any) -> set[int]:
+    return {tokenizer.eos_token_id, *map(tokenizer.get_command, CONTROL_TOKENS)}
+
+
+def _token_html(position: int, text: str, token_id: int, label: int, is_control: bool) -> str:
+    kind = "target" if label != IGNORED_LABEL else "control" if is_control else "context"
     hint = html.escape(f"position {position}, id {token_id}, label {label}, mask {int(label != IGNORED_LABEL)}")
     line_break = "<br>" if text == "\\n" else ""
     return f'<span class="{kind}" title="{hint}">{html.escape(text)}</span>{line_break}'
