@@ -1,6 +1,5 @@
 """Greedy answers to many prompts: sorted by length, left-padded, equal to asking one by one."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +10,6 @@ from tqdm import tqdm
 from finetune_chatmodel_demo.generation.prompts import PromptTooLongError, prompt_budget
 from finetune_chatmodel_demo.generation.replies import read_reply
 from finetune_chatmodel_demo.generation.session import build_settings
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ Shared by inference.py and evaluate.py. torch and transformers are imported wher
 
 import argparse
 import json
-import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,6 @@ DEFAULT_MODELS = (REPOSITORY / "THUDM" / "chatglm3-6b", REPOSITORY / "THUDM" / "
 PROMPT_FORMATS = ("multi-turn", "input-output")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _PREFIX_FILE = "prefix_encoder.safetensors"
-
-logger = logging.getLogger(__name__)
 
 
 class UsageError(ValueError):

@@ -5,7 +5,6 @@ thread at its next token.
 """
 
 import contextlib
-import logging
 import queue
 import threading
 from collections.abc import Iterator
@@ -14,8 +13,6 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
-
-logger = logging.getLogger(__name__)
 
 # torch.multinomial draws from the random state of the process: two seeded replies at the same time would mix theirs.
 _ONE_REPLY_AT_A_TIME = threading.Lock()
@@ -92,13 +89,15 @@ def stream_ids(
         except BaseException as error:  # handed to the reading thread, which raises it
             ids.put(error)
 
-    worker = threading.Thread(target=work, name="generate", daemon=True)
-    worker.start()
+    worker = threading.Thread(target=work, name="generate")
     try:
+        # Inside, because Ctrl-C can also strike here. No daemon: torch aborts when the program ends under it.
+        worker.start()
         yield from _read_until_done(ids, set(settings.eos_token_id or ()))
     finally:
         stop.set()
-        worker.join()
+        if worker.is_alive():
+            worker.join()
 
 
 def _read_until_done(ids: queue.SimpleQueue, stop_ids: set[int]) -> Iterator[int]:

@@ -38,9 +38,11 @@ def stream_reply(session: ChatSession, query: str, out: TextIO, *, role: str = "
                 pieces.append(piece)
                 out.write(piece)
                 out.flush()
-        finally:
+        except KeyboardInterrupt:
             out.write("\n")
-            out.flush()
+            raise
+    out.write("\n")
+    out.flush()
     return "".join(pieces)
 
 

@@ -1,0 +1,213 @@
+"""evaluate.py: questions out of conversation files, exact shares of base and prefix, the JSON, and its errors."""
+
+import json
+
+import pytest
+from generation_helpers import build_prefix_folder, build_random_folder
+
+from finetune_chatmodel_demo import evaluate
+from finetune_chatmodel_demo.chatglm3 import load_model, load_tokenizer
+from finetune_chatmodel_demo.conversation.rendering import render_prompt
+from finetune_chatmodel_demo.generation.batch import generate_batch
+from finetune_chatmodel_demo.generation.exact_match import Question, read_questions, score_questions, wilson_interval
+
+CAP = 12
+
+
+def message(role, content, **keys):
+    return {"role": role, "content": content, **keys}
+
+
+def write_records(path, records):
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_folder):
+    return load_tokenizer(tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tiny_folder, tokenizer):
+    return build_random_folder(tmp_path_factory.mktemp("base"), tiny_folder, tokenizer.vocab_size)
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory, base):
+    return build_prefix_folder(tmp_path_factory.mktemp("prefix"), base, base_model=str(base))
+
+
+@pytest.fixture(scope="module")
+def model(base, prefix):
+    return load_model(base, pt_checkpoint=prefix, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, model, tokenizer):
+    """Ten conversations of two questions. The prefix's true answers to eight first and five second questions, the
+    base's to two first ones; everything else is wrong."""
+    names = ["皮卡丘", "妙蛙种子", "小火龙", "杰尼龟", "喵", "伊布", "雷丘", "可达鸭", "胖丁", "卡比兽"]
+    records = []
+    for i, name in enumerate(names):
+        opening = [message("system", "图鉴"), message("user", f"{name}的属性？")]
+        if i < 8:
+            first = answer(model, tokenizer, opening)
+        else:
+            with model.prefix_disabled():
+                first = answer(model, tokenizer, opening)
+        talk = [*opening, message("assistant", f" {first}\n", column="属性"), message("user", "它的弱点？")]
+        second = answer(model, tokenizer, talk) if i < 5 else "不知道"
+        talk += [message("assistant", second, column="弱点"), message("user", "谢谢"), message("assistant", "再见")]
+        records.append({"conversations": talk})
+    return write_records(tmp_path_factory.mktemp("data") / "pokemon.jsonl", records)
+
+
+def answer(model, tokenizer, messages):
+    text = generate_batch(model, tokenizer, [render_prompt(tokenizer, messages)], max_new_tokens=CAP, batch_size=1)[0]
+    assert text.strip() == text != ""
+    return text
+
+
+def run(capsys, *flags):
+    code = evaluate.main([*map(str, flags)])
+    return (code, *capsys.readouterr())
+
+
+def test_shares_are_counted_exactly(capsys, tmp_path, data, base, prefix):
+    output = tmp_path / "scores.json"
+    flags = [
+        "--pt-checkpoint",
+        prefix,
+        "--data",
+        f"trained phrasings={data}",
+        "--max-new-tokens",
+        CAP,
+        "--batch-size",
+        3,
+    ]
+    code, out, _ = run(capsys, *flags, "--output", output, "--device", "cpu")
+    assert code == 0
+    result = json.loads(output.read_text(encoding="utf-8"))
+    (file,) = result["files"]
+    assert (file["name"], file["path"], file["questions_in_file"]) == ("trained phrasings", str(data), 20)
+    with_prefix, without = file["scores"]["base + prefix"], file["scores"]["base"]
+    assert (with_prefix["asked"], with_prefix["exact"], with_prefix["share"]) == (20, 13, 0.65)
+    assert with_prefix["by_column"] == {
+        "属性": {"asked": 10, "exact": 8, "share": 0.8},
+        "弱点": {"asked": 10, "exact": 5, "share": 0.5},
+    }
+    assert without["by_column"]["属性"] == {"asked": 10, "exact": 2, "share": 0.2}
+    assert without["exact"] == 2
+    assert with_prefix["wilson95"] == pytest.approx([0.4329, 0.8188], abs=1e-4)
+    assert len(with_prefix["wrong"]) == 7
+    assert with_prefix["wrong"][0]["question"] == "它的弱点？"
+    assert with_prefix["wrong"][0]["expected"] == "不知道"
+    assert with_prefix["hit_cap"] <= 20
+    assert (result["model"], result["pt_checkpoint"]) == (str(base), str(prefix))
+    lines = out.splitlines()
+    assert lines[0].split() == ["exact", "answers", "base", "base", "+", "prefix", "questions"]
+    assert lines[2] == "trained phrasings  10.0% (2.8% to 30.1%)  65.0% (43.3% to 81.9%)  20"
+    assert "trained phrasings, base + prefix, wrong (弱点): 它的弱点？" in out
+    assert out.count("expected '不知道'") == 3
+
+
+def test_without_a_prefix_there_is_one_column(capsys, tmp_path, data, base):
+    output = tmp_path / "scores.json"
+    flags = ["--model", base, "--data", data, "--max_new_tokens", CAP, "--examples", 0, "--output", output]
+    code, out, _ = run(capsys, *flags)
+    assert code == 0
+    (file,) = json.loads(output.read_text(encoding="utf-8"))["files"]
+    assert file["name"] == "pokemon"
+    assert {name: score["exact"] for name, score in file["scores"].items()} == {"model": 2}
+    assert "expected" not in out
+
+
+def test_the_sample_is_seeded_and_keeps_the_order_of_the_file(data):
+    every, found = read_questions(data)
+    assert (len(every), found) == (20, 20)
+    sample, found = read_questions(data, 6, seed=1)
+    assert (len(sample), found) == (6, 20)
+    places = [every.index(question) for question in sample]
+    assert places == sorted(places)
+    assert read_questions(data, 6, seed=1)[0] == sample
+    assert read_questions(data, 6, seed=2)[0] != sample
+    assert read_questions(data, 50)[0] == every
+
+
+def test_the_sample_is_fair(tmp_path):
+    record = {"conversations": [message("user", "?"), message("assistant", "!", column="c")] * 10}
+    path = write_records(tmp_path / "f.jsonl", [record])
+    every = read_questions(path)[0]
+    counts = [0] * 10
+    for seed in range(600):
+        for question in read_questions(path, 2, seed)[0]:
+            counts[every.index(question)] += 1
+    assert sum(counts) == 1200
+    assert all(80 < count < 160 for count in counts), counts
+
+
+def test_gold_history_and_tools_come_before_a_question(tmp_path):
+    tools = [{"name": "query"}]
+    call = {"role": "tool", "name": "query", "parameters": {}, "observation": "电"}
+    talk = [message("user", "？"), call, message("assistant", " 电 ", column="属性"), message("assistant", "没有列")]
+    path = write_records(tmp_path / "f.jsonl", [{"tools": tools, "conversations": talk}])
+    assert read_questions(path)[0] == [Question("属性", talk[:2], tools, "电")]
+
+
+def test_replies_that_hit_the_cap_are_counted(model, tokenizer):
+    question = Question("属性", [message("user", "皮卡丘？")], None, "x")
+    score = score_questions(model, tokenizer, [question], prompt_format="multi-turn", max_new_tokens=1, batch_size=1)
+    assert (score.exact, score.hit_cap) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("exact", "asked", "interval"),
+    [(0, 10, (0.0, 0.2775)), (10, 10, (0.7225, 1.0)), (50, 100, (0.4038, 0.5962)), (1, 1, (0.2065, 1.0))],
+)
+def test_wilson_intervals(exact, asked, interval):
+    assert wilson_interval(exact, asked) == pytest.approx(interval, abs=1e-4)
+
+
+def test_wilson_needs_trials():
+    with pytest.raises(ValueError, match="0 successes in 0 trials"):
+        wilson_interval(0, 0)
+
+
+def test_names_of_files(tmp_path):
+    path = tmp_path / "a=b.jsonl"
+    path.touch()
+    assert evaluate.split_data(str(path)) == ("a=b", str(path))
+    assert evaluate.split_data("unseen phrasings=x/y.jsonl") == ("unseen phrasings", "x/y.jsonl")
+    assert evaluate.split_data("x/y.jsonl") == ("y", "x/y.jsonl")
+
+
+def test_tables_align_wide_characters():
+    score = {"asked": 4, "share": 0.5, "wilson95": [0.1, 0.9]}
+    files = [{"name": name, "scores": {"model": score}} for name in ("见过的问法", "x")]
+    assert evaluate.format_table({"files": files}).splitlines() == [
+        "exact answers  model                   questions",
+        "-------------  ----------------------  ---------",
+        "见过的问法     50.0% (10.0% to 90.0%)  4",
+        "x              50.0% (10.0% to 90.0%)  4",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
+        (["--data", "{no_questions}"], "has no questions: none of its assistant messages has a 'column' key"),
+        (["--data", "a={data}", "--data", "a={data}"], "--data: a is there twice; name the files"),
+        (["--data", "{data}", "--max-questions", "0"], "max_questions is 0; it must be at least 1"),
+        (["--data", "{data}", "--batch-size", "0"], "batch_size is 0; it must be at least 1"),
+        (["--data", "{data}", "--output", "{missing}/x.json"], "there is no folder"),
+    ],
+)
+def test_mistakes(capsys, tmp_path, data, base, flags, error):
+    talk = [message("user", "？"), message("assistant", "！")]
+    no_questions = write_records(tmp_path / "plain.jsonl", [{"conversations": talk}])
+    places = {"data": data, "no_questions": no_questions, "missing": tmp_path / "missing"}
+    code, out, err = run(capsys, "--model", base, *(flag.format(**places) for flag in flags))
+    assert (code, out) == (2, "")
+    assert error in err.splitlines()[-1]

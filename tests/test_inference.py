@@ -1,0 +1,385 @@
+"""inference.py: which model the flags come to, one shot, pipes, the chat, and every error that a user can make."""
+
+import io
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from generation_helpers import PREFIX_LENGTH, build_prefix_folder, build_random_folder, greedy_without_cache
+
+from finetune_chatmodel_demo import inference
+from finetune_chatmodel_demo.chatglm3 import load_model, load_tokenizer
+from finetune_chatmodel_demo.conversation.rendering import render_prompt
+from finetune_chatmodel_demo.generation import loading
+from finetune_chatmodel_demo.generation.loading import UsageError, choose_model
+from finetune_chatmodel_demo.generation.replies import read_reply
+from finetune_chatmodel_demo.generation.session import ChatSession
+from finetune_chatmodel_demo.generation.terminal import HELP, TerminalChat
+
+SCRIPT = Path(inference.__file__)
+QUESTION = "皮卡丘是什么属性？"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_folder):
+    return load_tokenizer(tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tiny_folder, tokenizer):
+    return build_random_folder(tmp_path_factory.mktemp("base"), tiny_folder, tokenizer.vocab_size)
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory, base):
+    folder = tmp_path_factory.mktemp("prefix")
+    return build_prefix_folder(folder, base, base_model=str(base), prompt_format="multi-turn")
+
+
+@pytest.fixture(scope="module")
+def model(base, prefix):
+    return load_model(base, pt_checkpoint=prefix, device="cpu")
+
+
+def reference_reply(model, tokenizer, messages, count, prompt_format="multi-turn"):
+    """What must be answered: argmax over the whole text, id by id."""
+    prompt = render_prompt(tokenizer, messages, prompt_format=prompt_format)
+    ids = greedy_without_cache(model, prompt, tokenizer.stop_token_ids, count)
+    return read_reply(tokenizer, ids, prompt_format).text
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def choose(*flags):
+    return choose_model(inference.build_parser().parse_args([*map(str, flags)]))
+
+
+def run_main(capsys, *flags):
+    code = inference.main([*map(str, flags)])
+    return (code, *capsys.readouterr())
+
+
+# --- which model
+
+
+def test_everything_comes_from_the_checkpoint(base, prefix):
+    choice = choose("--pt-checkpoint", prefix)
+    assert (choice.model, choice.tokenizer, choice.prefix) == (str(base), str(base), prefix)
+    assert choice.prompt_format == "multi-turn"
+    assert f"base model: {base} (recorded in the checkpoint)" in choice.notices
+
+
+def test_underscores_and_an_equal_length_are_accepted(base, prefix):
+    choice = choose(
+        "--pt_checkpoint", prefix, "--pt_pre_seq_len", PREFIX_LENGTH, "--model", base, "--max_new_tokens", 5
+    )
+    assert choice.prefix == prefix
+
+
+def test_the_newest_checkpoint_of_a_run_is_used(tmp_path, base, prefix):
+    for step in (9, 10, 100):
+        shutil.copytree(prefix, tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-200").mkdir()
+    choice = choose("--pt-checkpoint", tmp_path, "--model", base)
+    assert choice.prefix == tmp_path / "checkpoint-100"
+    assert f"{tmp_path} holds checkpoints: using the newest, checkpoint-100" in choice.notices
+    shutil.copytree(prefix, tmp_path, dirs_exist_ok=True)
+    assert choose("--pt-checkpoint", tmp_path, "--model", base).prefix == tmp_path
+
+
+def test_a_fully_tuned_run_is_a_model(tmp_path, base):
+    shutil.copytree(base, tmp_path / "checkpoint-5")
+    assert choose("--model", tmp_path).model == str(tmp_path / "checkpoint-5")
+
+
+def test_a_fully_tuned_model_may_record_its_format(tmp_path, base):
+    shutil.copytree(base, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"prompt_format": "input-output"}), encoding="utf-8")
+    assert choose("--model", tmp_path).prompt_format == "input-output"
+
+
+def test_the_format_is_the_recorded_one_unless_overridden(tmp_path, base):
+    build_prefix_folder(tmp_path, base, prompt_format="input-output")
+    assert choose("--pt-checkpoint", tmp_path, "--model", base).prompt_format == "input-output"
+    overridden = choose("--pt-checkpoint", tmp_path, "--model", base, "--format", "multi-turn")
+    assert overridden.prompt_format == "multi-turn"
+    assert "--format multi-turn, although the checkpoint was trained with input-output" in overridden.notices
+
+
+def test_an_original_checkpoint_is_multi_turn_and_says_so(golden, base, monkeypatch):
+    choice = choose("--pt-checkpoint", golden / "tiny_prefix_checkpoint", "--model", base)
+    assert choice.prompt_format == "multi-turn"
+    assert any("does not say which prompt format" in notice for notice in choice.notices)
+
+
+def test_a_recorded_base_that_moved_is_looked_for_in_thudm(tmp_path, base, monkeypatch):
+    monkeypatch.setattr(loading, "REPOSITORY", tmp_path)
+    shutil.copytree(base, tmp_path / "THUDM" / "my-base")
+    folder = build_prefix_folder(tmp_path / "prefix", base, base_model="/root/elsewhere/THUDM/my-base")
+    assert choose("--pt-checkpoint", folder).model == str(tmp_path / "THUDM" / "my-base")
+    shutil.rmtree(tmp_path / "THUDM")
+    with pytest.raises(UsageError, match=r"was trained on /root/elsewhere/THUDM/my-base, which is not on this machine"):
+        choose("--pt-checkpoint", folder)
+
+
+def test_default_models_in_their_order(tmp_path, base, monkeypatch):
+    folders = (tmp_path / "chatglm3-6b", tmp_path / "chatglm3-tiny")
+    monkeypatch.setattr(loading, "DEFAULT_MODELS", folders)
+    with pytest.raises(
+        UsageError, match=r"no --model was given, and there is none at .*chatglm3-6b or .*chatglm3-tiny"
+    ):
+        choose()
+    for folder in reversed(folders):
+        shutil.copytree(base, folder)
+        choice = choose()
+        assert choice.model == str(folder)
+        assert f"model: {folder} (no --model was given)" in choice.notices
+
+
+def test_folders_are_also_found_below_the_repository(tmp_path, base, monkeypatch):
+    monkeypatch.setattr(loading, "REPOSITORY", tmp_path / "repository")
+    shutil.copytree(base, tmp_path / "repository" / "THUDM" / "m")
+    monkeypatch.chdir(tmp_path)
+    assert choose("--model", "THUDM/m").model == str(tmp_path / "repository" / "THUDM" / "m")
+
+
+def test_without_a_gpu_the_cpu_is_used_and_that_is_said(base, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for flags in ([], ["--device", "cuda"]):
+        choice = choose("--model", base, *flags)
+        assert choice.device == "cpu"
+        assert "there is no GPU that torch can use: running on the CPU" in choice.notices
+    assert choose("--model", base, "--device", "cpu").notices == ()
+
+
+# --- mistakes
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--pt-checkpoint", "nowhere"], "--pt-checkpoint nowhere: no such folder; give the --output_dir"),
+        (["--pt-checkpoint", "{empty}"], "is not a prefix checkpoint: it holds nothing"),
+        (["--pt-checkpoint", "{base}"], "holds a whole model, not a prefix; give it as --model"),
+        (["--model", "{prefix}"], "is a prefix checkpoint; give it as --pt-checkpoint"),
+        (["--model", "{empty}"], "holds no weights (found: nothing); THUDM/README.md"),
+        (["--model", "/nowhere/at/all"], "is not a folder"),
+        (["--pt-checkpoint", "{prefix}", "--pt-pre-seq-len", "128"], "has 6 positions, --pt-pre-seq-len says 128"),
+        (["--model", "{base}", "--pt-pre-seq-len", "128"], "describes a prefix, but there is no --pt-checkpoint"),
+        (["--pt-checkpoint", "{golden}", "--model", "{base}"], "another base model"),
+        (["--model", "{base}", "--device", "gpu"], "--device gpu is unknown; use cuda"),
+        (["--model", "{base}", "--tokenizer", "{empty}"], "has no tokenizer.model"),
+        (["--model", "{base}", "--prompt", " "], "--prompt is empty"),
+        (["--model", "{base}", "--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["--model", "{base}", "--prompt", "长" * 300], "shorten the question"),
+        (["--model", "{base}", "--format", "input-output", "--system", "s"], "--system has no place"),
+    ],
+)
+def test_mistakes_end_with_code_2_and_say_what_to_do(capsys, tmp_path, golden, base, prefix, flags, message):
+    places = {"empty": tmp_path, "base": base, "prefix": prefix, "golden": golden / "tiny_prefix_checkpoint"}
+    code, out, err = run_main(capsys, *(flag.format(**places) for flag in flags))
+    assert (code, out) == (2, "")
+    assert message in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+def test_a_tokenizer_of_another_model_is_refused(capsys, tmp_path, tiny_folder):
+    other = build_random_folder(tmp_path, tiny_folder, vocabulary=300)
+    code, _, err = run_main(capsys, "--model", other, "--prompt", "x")
+    assert code == 2
+    assert "only 300; use the tokenizer that belongs to the model" in err
+
+
+# --- one shot and pipes
+
+
+def test_one_shot_equals_the_argmax_reference(capsys, base, prefix, model, tokenizer):
+    code, out, err = run_main(capsys, "--pt-checkpoint", prefix, "--prompt", QUESTION, "--max-new-tokens", 16)
+    assert (code, out) == (0, reference_reply(model, tokenizer, [user(QUESTION)], 16) + "\n")
+    assert f"{base} + prefix {prefix}, multi-turn prompts, on" in err
+
+
+def test_the_system_prompt_is_used(capsys, prefix, model, tokenizer):
+    flags = ["--pt-checkpoint", prefix, "--prompt", QUESTION, "--max-new-tokens", 16, "--system", "你是图鉴。"]
+    expected = reference_reply(model, tokenizer, [{"role": "system", "content": "你是图鉴。"}, user(QUESTION)], 16)
+    assert run_main(capsys, *flags)[1] == expected + "\n"
+
+
+def test_input_output_prompts(capsys, prefix, model, tokenizer):
+    flags = ["--pt-checkpoint", prefix, "--prompt", QUESTION, "--max-new-tokens", 16, "--format", "input-output"]
+    expected = reference_reply(model, tokenizer, [user(QUESTION)], 16, "input-output")
+    assert run_main(capsys, *flags)[1] == expected + "\n"
+
+
+def test_sampling_flags_switch_sampling_on_and_seeds_repeat(capsys, prefix):
+    flags = ["--pt-checkpoint", prefix, "--prompt", QUESTION, "--max-new-tokens", 16, "--temperature", 5, "--top-p", 1]
+    replies = [run_main(capsys, *flags, "--seed", seed)[1] for seed in (1, 1, 2)]
+    assert replies[0] == replies[1] != replies[2]
+
+
+def test_sampling_options():
+    def options(*flags):
+        return inference.sampling_options(inference.build_parser().parse_args([*flags]))
+
+    plain = {"repetition_penalty": 1.0, "max_new_tokens": 128, "seed": None}
+    assert options() == plain | {"do_sample": False}
+    assert options("--do-sample") == plain | {"do_sample": True}
+    assert options("--top_k", "3") == plain | {"do_sample": True, "top_k": 3}
+
+
+def test_piped_prompts_are_one_conversation(base, prefix, model, tokenizer, tmp_path):
+    piped = "\ufeff" + QUESTION + "\n\n它的弱点？\n"
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--pt-checkpoint", prefix, "--max-new-tokens", "12", "--device", "cpu"],
+        input=piped.encode(),
+        capture_output=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    first = reference_reply(model, tokenizer, [user(QUESTION)], 12)
+    history = [user(QUESTION), {"role": "assistant", "content": first}, user("它的弱点？")]
+    assert done.stdout.decode() == f"{first}\n{reference_reply(model, tokenizer, history, 12)}\n"
+
+
+def test_piped_lines_may_be_gbk():
+    assert list(inference.decode_lines(["皮卡丘\n".encode("gbk"), "喵".encode()])) == ["皮卡丘\n", "喵"]
+    with pytest.raises(UsageError, match="standard input line 1 is neither UTF-8 nor GBK"):
+        list(inference.decode_lines([b"\xff\xff"]))
+
+
+def test_help_does_not_load_torch(tmp_path):
+    code = f"import sys; sys.argv = ['inference.py', '--help']; sys.path.insert(0, {str(SCRIPT.parent.parent)!r})\n"
+    code += "from finetune_chatmodel_demo import inference, evaluate\n"
+    code += "inference.build_parser(); evaluate.build_parser()\n"
+    code += "assert not {'torch', 'transformers'} & set(sys.modules), 'too heavy for --help'"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+# --- the chat
+
+
+class FakeTerminal:
+    """Hands out lines; an exception in the list is raised instead."""
+
+    def __init__(self, *lines):
+        self.lines = list(lines)
+
+    def __call__(self, prompt):
+        if not self.lines:
+            raise EOFError
+        line = self.lines.pop(0)
+        if isinstance(line, type):
+            raise line
+        return line
+
+
+def talk(session, *lines, out=None):
+    out = out or io.StringIO()
+    TerminalChat(session, FakeTerminal(*lines), out).run()
+    return out.getvalue()
+
+
+def test_the_chat_keeps_its_history_and_obeys(model, tokenizer):
+    session = ChatSession(model, tokenizer, max_new_tokens=8)
+    first = reference_reply(model, tokenizer, [user("一")], 8)
+    second = reference_reply(model, tokenizer, [user("一"), {"role": "assistant", "content": first}, user("二")], 8)
+    shown = talk(session, "一", "", "二", "/history", "/clear", "/history", "一", "/exit", "三")
+    assert shown == (
+        f"assistant> {first}\nassistant> {second}\n"
+        f"user: 一\nassistant: {first}\nuser: 二\nassistant: {second}\n"
+        f"(the conversation was forgotten)\n(nothing was said yet)\nassistant> {first}\n"
+    )
+
+
+def test_system_prompt_in_the_chat(model, tokenizer):
+    session = ChatSession(model, tokenizer, max_new_tokens=8)
+    expected = reference_reply(model, tokenizer, [{"role": "system", "content": "图鉴"}, user("一")], 8)
+    shown = talk(session, "零", "/system 图鉴", "一", "/history", "/system -", "/system")
+    assert shown.endswith(
+        f"(system prompt: 图鉴)\nassistant> {expected}\nsystem: 图鉴\nuser: 一\nassistant: {expected}\n"
+        "(system prompt: none)\n(system prompt: none)\n\n"
+    )
+
+
+def test_commands_are_told_from_messages(model, tokenizer):
+    session = ChatSession(model, tokenizer, max_new_tokens=4)
+    shown = talk(session, "/help", "/claer", "//clear", "/observation x", "clear", "stop", "一")
+    assert HELP in shown
+    assert "(/claer is no command; /help lists them" in shown
+    assert f"assistant> {reference_reply(model, tokenizer, [user('/clear')], 4)}\n" in shown
+    assert "(the model has not called a tool)" in shown
+    assert shown.endswith("(the conversation was forgotten)\n")
+
+
+def test_a_question_that_is_too_long_does_not_end_the_chat(model, tokenizer):
+    shown = talk(ChatSession(model, tokenizer, max_new_tokens=4), "长" * 300, "一")
+    assert "leaves room for 252 before the answer" in shown
+    assert f"assistant> {reference_reply(model, tokenizer, [user('一')], 4)}\n" in shown
+
+
+class InterruptingOutput(io.StringIO):
+    """Ctrl-C while the second piece of a reply is written."""
+
+    pieces_left = 3
+
+    def write(self, text):
+        self.pieces_left -= 1
+        if self.pieces_left == 0:
+            raise KeyboardInterrupt
+        return super().write(text)
+
+
+def test_ctrl_c_ends_the_reply_and_not_the_program(model, tokenizer):
+    session = ChatSession(model, tokenizer, max_new_tokens=40)
+    whole = reference_reply(model, tokenizer, [user("一")], 40)
+    shown = talk(session, "一", "/history", KeyboardInterrupt, out=InterruptingOutput())
+    reply, *rest = shown.removeprefix("assistant> ").split("\n")
+    assert 0 < len(reply) < len(whole)
+    assert whole.startswith(reply)
+    assert rest[0] == "(stopped)"
+    assert "(/exit or Ctrl-D to leave)" in rest
+    assert session.history[0] == user("一")
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_real_terminal(base, prefix):
+    master, slave = pty.openpty()
+    flags = ["--pt-checkpoint", prefix, "--max-new-tokens", "200", "--device", "cpu"]
+    environment = os.environ | {"TERM": "dumb"}
+    program = subprocess.Popen(
+        [sys.executable, SCRIPT, *flags], stdin=slave, stdout=slave, stderr=slave, env=environment
+    )
+    os.close(slave)
+    try:
+        seen = read_until(master, "user> ")
+        assert "/help lists the commands" in seen
+        os.write(master, "一\n".encode())
+        read_until(master, "assistant> ")
+        program.send_signal(signal.SIGINT)
+        read_until(master, "user> ")
+        os.write(master, b"/exit\n")
+        code = program.wait(timeout=60)
+        assert code == 0, os.read(master, 4096).decode(errors="replace")
+    finally:
+        program.kill()
+        os.close(master)
+
+
+def read_until(descriptor, text, seconds=60):
+    seen, end = b"", time.monotonic() + seconds
+    while text.encode() not in seen:
+        assert time.monotonic() < end, seen.decode(errors="replace")
+        seen += os.read(descriptor, 1024)
+    return seen.decode(errors="replace")
