@@ -154,5 +154,5 @@ def print_report(bad_count: int, bad_messages: list[str], lengths: Counter[int],
     print(f"err_count: {bad_count}")
     print(f"train_examples: {lengths.total()}")
     if set(lengths) != {0}:
-        print(f"conversation_distribution: {Counter(dict(sorted(lengths.items())))}")
+        print(f"conversation_distribution: {lengths}")
     print(f"→ {output}")

@@ -6,6 +6,7 @@ by `python data_processing/data_processing.py --template X.yaml`.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from data_processing.common import DataError, did_you_mean
@@ -22,7 +23,7 @@ class Phrase:
     place: str
     parts: tuple[tuple[str, str | None], ...]
 
-    @property
+    @cached_property
     def names(self) -> frozenset[str]:
         return frozenset(name for _, name in self.parts if name)
 

@@ -18,7 +18,8 @@ class ConvertedRecords:
     Args:
         path: JSON array or JSON lines.
         required_keys: keys that every entry must have.
-        convert: (entry, where) → the entry's records; a RecordError in place of one that cannot be made.
+        convert: (entry, where) → the entry's records, each with its own where; a RecordError in place of a record
+            that cannot be made.
         validate: (record, where) raises a RecordError for a record that finetune.py would refuse.
         on_bad_record: "error" raises at the first bad record, "skip" counts it.
 
@@ -30,7 +31,7 @@ class ConvertedRecords:
         self,
         path: Path,
         required_keys: tuple[str, ...],
-        convert: Callable[[dict[str, Any], str], Iterator[dict[str, Any] | RecordError]],
+        convert: Callable[[dict[str, Any], str], Iterator[tuple[str, dict[str, Any] | RecordError]]],
         validate: Callable[[Any, str], None],
         on_bad_record: str,
     ) -> None:
@@ -44,12 +45,12 @@ class ConvertedRecords:
         for located in JSONFile(self.path).values(frozenset(self.required_keys)):
             where = f"{self.path} record {located.number} (line {located.line})"
             problem = located.problem or self._missing(located.value)
-            found = [RecordError(f"{where}: {problem}")] if problem else self.convert(located.value, where)
-            for record in found:
+            found = [(where, RecordError(f"{where}: {problem}"))] if problem else self.convert(located.value, where)
+            for place, record in found:
                 try:
                     if isinstance(record, RecordError):
                         raise record
-                    self.validate(record, where)
+                    self.validate(record, place)
                 except RecordError as error:
                     if self.on_bad_record == "error":
                         raise

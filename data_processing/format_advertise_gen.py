@@ -16,9 +16,9 @@ from data_processing.converting import ConvertedRecords
 from finetune_chatmodel_demo.conversation.records import validate_input_output
 
 
-def convert(entry: dict[str, Any], where: str) -> Iterator[dict[str, Any]]:
+def convert(entry: dict[str, Any], where: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """One advertisement; its keywords are the prompt."""
-    yield {"prompt": entry["content"], "response": entry["summary"]}
+    yield where, {"prompt": entry["content"], "response": entry["summary"]}
 
 
 def main(arguments: list[str] | None = None) -> None:

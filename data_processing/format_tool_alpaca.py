@@ -11,8 +11,8 @@ Each entry of the data set is one API with many instances; each instance becomes
       action, action input (JSON), observation → tool with name, parameters, observation
     Final Thought + newline + output         → assistant
 
-Instances that break this form (action inputs that are no JSON objects, missing final thoughts) exist in the official
-file. As in the original they are counted and left out; `--on_bad_record error` stops at the first.
+Instances that break this form (an action input that is no JSON object, no final thought) are counted and left out,
+as the original does; `--on_bad_record error` stops at the first.
 """
 
 import sys
@@ -29,21 +29,22 @@ from data_processing.converting import ConvertedRecords
 from finetune_chatmodel_demo.conversation.records import RecordError, validate_conversation
 
 
-def convert(entry: dict[str, Any], where: str) -> Iterator[dict[str, Any] | RecordError]:
+def convert(entry: dict[str, Any], where: str) -> Iterator[tuple[str, dict[str, Any] | RecordError]]:
     """The records of one API; a RecordError for each instance that breaks the form."""
     if not isinstance(entry["Instances"], list):
-        yield RecordError(f"{where}: 'Instances' must be a list, got {type(entry['Instances']).__name__}")
+        yield where, RecordError(f"{where}: 'Instances' must be a list, got {type(entry['Instances']).__name__}")
         return
     for i, instance in enumerate(entry["Instances"]):
         here = f"{where} Instances[{i}]"
         try:
-            yield {"tools": [entry["NLDocumentation"]], "conversations": list(convert_instance(instance))}
+            record = {"tools": [entry["NLDocumentation"]], "conversations": list(convert_instance(instance))}
         except json.JSONDecodeError as error:
-            yield RecordError(f"{here}: an action input is not JSON ({error}): {error.doc[:60]!r}")
+            record = RecordError(f"{here}: an action input is not JSON ({error}): {error.doc[:60]!r}")
         except KeyError as error:
-            yield RecordError(f"{here}: the key {error} is missing")
+            record = RecordError(f"{here}: the key {error} is missing")
         except (TypeError, ValueError, AttributeError) as error:
-            yield RecordError(f"{here}: not in ToolAlpaca's form ({error})")
+            record = RecordError(f"{here}: not in ToolAlpaca's form ({error})")
+        yield here, record
 
 
 def convert_instance(instance: dict[str, Any]) -> Iterator[dict[str, Any]]:

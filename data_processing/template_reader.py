@@ -29,11 +29,11 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
-            if key_node.value in seen:
+            if str(key_node.value) in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key '{key_node.value}' is written twice", key_node.start_mark
                 )
-            seen.add(key_node.value)
+            seen.add(str(key_node.value))
         return super().construct_mapping(node, deep)
 
 
