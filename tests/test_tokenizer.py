@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
-import finetune_chatmodel_demo.chatglm3  # noqa: F401 - registers the classes with transformers
+from finetune_chatmodel_demo.chatglm3 import load_tokenizer  # the package registers the classes with transformers
 from finetune_chatmodel_demo.chatglm3.tokenizer import ChatGLMTokenizer
 from finetune_chatmodel_demo.chatglm3.vocabulary import CONTROL_TOKENS
 
@@ -50,15 +50,13 @@ MESSAGES = st.lists(
     min_size=1,
     max_size=5,
 )
-MANY = settings(
-    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+MANY = settings(max_examples=150, deadline=None, derandomize=True)
 
 
 def train_model(**options) -> bytes:
     """A SentencePiece model with the official one's settings and some hundred pieces."""
     written = io.BytesIO()
-    settings_ = {
+    defaults = {
         "sentence_iterator": iter(CORPUS.splitlines()),
         "model_writer": written,
         "model_type": "bpe",
@@ -75,7 +73,7 @@ def train_model(**options) -> bytes:
         "num_threads": 1,
         "minloglevel": 2,
     }
-    sentencepiece.SentencePieceTrainer.train(**settings_ | options)
+    sentencepiece.SentencePieceTrainer.train(**defaults | options)
     return written.getvalue()
 
 
@@ -262,7 +260,6 @@ def check_stream(tokenizer: ChatGLMTokenizer, data: st.DataObject) -> None:
     decoder = tokenizer.stream_decoder(skip_special_tokens=False)
     chunks = [decoder.put(i) for i in ids]
     assert "".join(chunks) + decoder.end() == expected
-    assert not any(0xD800 <= ord(character) < 0xE000 for chunk in chunks for character in chunk)
     mixed = data.draw(st.lists(st.sampled_from([0, 1, 2, *ids, tokenizer.vocab_size - 1]), max_size=30))
     for is_skipping in (False, True):
         decoder = tokenizer.stream_decoder(skip_special_tokens=is_skipping)
@@ -559,6 +556,14 @@ def test_auto_tokenizer_loads_official_folders(tok, small_model, tmp_path, no_qu
     assert loaded("皮卡丘", return_tensors="pt")["input_ids"].tolist() == [tok.encode("皮卡丘")]
     assert (loaded.eos_token_id, loaded.pad_token_id, loaded.padding_side) == (2, 0, "left")
     assert loaded.all_special_tokens == tok.all_special_tokens
+
+
+def test_embedded_tiny_tokenizer(tiny_folder):
+    tokenizer = load_tokenizer(tiny_folder)
+    text = "皮卡丘是电属性的宝可梦。👋 <|user|>"
+    assert tokenizer.decode(tokenizer.encode_text(text)) == text
+    assert max(tokenizer.encode_text(text)) < tokenizer.get_command("[MASK]")
+    assert tokenizer.stop_token_ids == [2, tokenizer.vocab_size - 3, tokenizer.vocab_size - 1]
 
 
 def test_listed_tokens_must_be_the_vocabularys(tok, small_model, tmp_path):
