@@ -19,7 +19,7 @@ def describe_start(settings: Settings, trainer: "ChatTrainer") -> str:
     effective = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     steps = count_steps(trainer)
     warmup = args.get_warmup_steps(steps)
-    method = settings.method
+    method, bits = settings.method, settings.model.quantization_bit
     if method == P_TUNING:
         method += f", a prefix of {trainer.model.prefix_encoder.length} positions"
     lines = {

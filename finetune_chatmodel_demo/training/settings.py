@@ -179,7 +179,7 @@ def _build_training_arguments(
         chosen[checkpointing] = _has_gpu(given) if wanted is None else wanted
     defaults = {
         "learning_rate": DEFAULT_LEARNING_RATE[method],
-        "warmup_steps": DEFAULT_WARMUP_SHARE,
+        "warmup_steps": _default_warmup(given),
         "logging_steps": 10,
         "train_sampling_strategy": GROUP_BY_LENGTH,
         "ddp_find_unused_parameters": False,
@@ -197,6 +197,12 @@ def _build_training_arguments(
         notices.append(f"one of {training.n_gpu} GPUs is used; start with torchrun (NUM_GPUS in the scripts) for more")
         training._n_gpu = 1  # DataParallel would gather every batch on one GPU
     return training
+
+
+def _default_warmup(given: dict[str, object]) -> float:
+    """3% of the steps; none in a run of less than 34, whose first step would have a learning rate of 0."""
+    steps = given.get("max_steps", -1)
+    return int(DEFAULT_WARMUP_SHARE * steps) if steps > 0 else DEFAULT_WARMUP_SHARE
 
 
 def _default_precision(given: dict[str, object]) -> dict[str, bool]:

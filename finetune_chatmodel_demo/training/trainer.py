@@ -93,6 +93,8 @@ class ChatTrainer(Trainer):
         self._rows_of_step: list[torch.Tensor] = []
         self._validation = torch.zeros(2, dtype=torch.float64)
         uses_cache = model.config.use_cache
+        if getattr(model, "is_quantized", False):
+            model._hf_peft_config_loaded = True  # Trainer asks for an adapter on a quantized base; the prefix is one
         super().__init__(
             model=model,
             args=settings.training,
@@ -101,6 +103,7 @@ class ChatTrainer(Trainer):
             eval_dataset=None if validation_rows is None else NumberedRows(validation_rows),
             callbacks=[self.throughput, EpochOrder(self), StuckLossWarning(settings.method == P_TUNING)],
         )
+        model._hf_peft_config_loaded = False
         # Trainer writes use_cache=False into the configuration; saved with it, the model would answer slowly.
         self.model.config.use_cache = uses_cache
 

@@ -1,0 +1,580 @@
+"""Training: flags and settings, the order of rows, whole checkpoints, and real runs of a small model on the CPU."""
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_helpers import flags, losses, make_model, read_log, train, write_conversations
+
+from finetune_chatmodel_demo import finetune
+from finetune_chatmodel_demo.chatglm3 import load_model, load_tokenizer, prefix, read_prefix_config
+from finetune_chatmodel_demo.training import checkpoints, trainer, workflow
+from finetune_chatmodel_demo.training.arguments import SettingsError, parse_given
+from finetune_chatmodel_demo.training.callbacks import StuckLossWarning
+from finetune_chatmodel_demo.training.sampling import LengthGroupedBatches
+from finetune_chatmodel_demo.training.settings import FULL, P_TUNING, decide_settings
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PREFIX_FILES = {"prefix_encoder.safetensors", "pytorch_model.bin", "config.json"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Sums of floats depend on the number of threads, and these tests compare bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.freeze()  # every run collects garbage, half a second with all of transformers loaded
+    yield
+    gc.unfreeze()
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """A loss curve takes longer than a run here; the one of `prefix_run`, which is set up earlier, is drawn."""
+    monkeypatch.setattr(trainer, "plot_loss", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, tiny_folder) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"), tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_conversations(tmp_path_factory.mktemp("data") / "train.jsonl")
+
+
+def assert_prefix_equal(first: Path, second: Path) -> None:
+    left, right = (load_file(folder / "prefix_encoder.safetensors") for folder in (first, second))
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+# Flags
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys; sys.path.insert(0, '.'); from finetune_chatmodel_demo.finetune import main;"
+        "main(['--help']); assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    output = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    for flag in ("--train_format", "--train_file", "--pre_seq_len", "--prefix_projection", "--quantization_bit"):
+        assert flag in output.stdout
+    assert "--max_steps" in output.stdout
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--prefix_projection"], {"prefix_projection": True}),
+        (["--prefix_projection", "True"], {"prefix_projection": True}),
+        (["--prefix-projection", "False"], {"prefix_projection": False}),
+        (["--pre_seq_len=128", "--learning_rate", "2e-2"], {"pre_seq_len": 128, "learning_rate": 0.02}),
+        (["--fp16"], {"fp16": True}),
+        (["--evaluation_strategy", "steps"], {"eval_strategy": "steps"}),
+        (["--warmup_ratio", "0.1"], {"warmup_steps": 0.1}),
+        (["--group_by_length", "False"], {"train_sampling_strategy": "random"}),
+        (["--no_cuda"], {"use_cpu": True}),
+        (["--overwrite_output_dir"], {"overwrite_output_dir": True}),
+        (["--resume_from_checkpoint", "True"], {"resume_from_checkpoint": "True"}),
+        (["--gradient_checkpointing", "False"], {"gradient_checkpointing": False}),
+    ],
+)
+def test_only_given_flags_are_returned(argv, expected):
+    assert parse_given(argv) == (expected, [])
+
+
+def test_flags_without_effect_are_named():
+    given, notices = parse_given(["--overwrite_cache", "--seed", "7"])
+    assert given == {"seed": 7}
+    assert notices == ["--overwrite_cache has no effect: nothing is cached"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--pre_seq_length", "8"], "did you mean --pre_seq_len"),
+        (["--xyzzy"], "--help_all lists every flag"),
+        (["--max_steps", "many"], "invalid int value: 'many'"),
+        (["--quantization_bit", "5"], "invalid choice: 5"),
+        (["--tokenizer_name", "x"], "the tokenizer is read from --model_name_or_path"),
+        (["missing.json"], "the settings file missing.json does not exist"),
+    ],
+)
+def test_bad_flags_are_explained(argv, message):
+    with pytest.raises(SettingsError, match=message):
+        parse_given(argv)
+
+
+def test_settings_files_mean_the_same_as_flags(tmp_path):
+    (tmp_path / "run.yaml").write_text("learning_rate: 2e-2\npre_seq_len: 8\nprefix_projection: true\nseed: null\n")
+    (tmp_path / "run.json").write_text('{"learning_rate": 0.02, "pre_seq_len": 8, "prefix_projection": true}')
+    expected = {"learning_rate": 0.02, "pre_seq_len": 8, "prefix_projection": True}
+    assert parse_given([str(tmp_path / "run.yaml")])[0] == expected
+    assert parse_given([str(tmp_path / "run.json")])[0] == expected
+    assert parse_given([str(tmp_path / "run.json"), "--pre_seq_len", "16"])[0]["pre_seq_len"] == 16
+    (tmp_path / "bad.json").write_text("[1]")
+    with pytest.raises(SettingsError, match="one mapping of flag names to values"):
+        parse_given([str(tmp_path / "bad.json")])
+
+
+# Settings
+
+
+def decide(argv: list[str]):
+    return decide_settings(*parse_given(argv))
+
+
+def test_defaults_depend_on_the_method(model, data, tmp_path):
+    pt = decide(flags(model, data, tmp_path / "o", pre_seq_len=8))
+    full = decide(flags(model, data, tmp_path / "o"))
+    assert (pt.method, pt.training.learning_rate) == (P_TUNING, 2e-2)
+    assert (full.method, full.training.learning_rate) == (FULL, 1e-4)
+    assert pt.training.warmup_steps == 0  # 3% of 4 steps
+    assert decide(flags(model, data, tmp_path / "o", max_steps=1000)).training.warmup_steps == 30
+    assert decide(flags(model, data, tmp_path / "o", max_steps=None)).training.warmup_steps == 0.03
+    assert pt.training.gradient_checkpointing is False  # on by default only where there is a GPU
+    assert pt.precision == "float32"
+    assert decide(flags(model, data, tmp_path / "o", learning_rate=5e-3)).training.learning_rate == 5e-3
+    assert decide(flags(model, data, tmp_path / "o", bf16=True, pre_seq_len=8)).weights_dtype == torch.bfloat16
+    assert decide(flags(model, data, tmp_path / "o", bf16=True)).weights_dtype == torch.float32
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_gpu_turns_on_bf16_and_gradient_checkpointing(monkeypatch):
+    from finetune_chatmodel_demo.training import settings
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
+    assert settings._default_precision({}) == {"bf16": True}
+    assert settings._default_precision({"fp16": True}) == {}
+    assert settings._default_precision({"use_cpu": True}) == {}
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert settings._default_precision({}) == {"fp16": True}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train_file": None}, "--train_file is missing"),
+        ({"train_file": "nowhere.jsonl"}, "--train_file nowhere.jsonl does not exist"),
+        ({"validation_file": "nowhere.jsonl"}, "--validation_file nowhere.jsonl does not exist"),
+        ({"model_name_or_path": "/nowhere"}, "--model_name_or_path /nowhere is not a folder"),
+        ({"model_name_or_path": None}, "--model_name_or_path is missing"),
+        ({"output_dir": None}, "--output_dir is missing"),
+        ({"train_format": "chat"}, "invalid choice: 'chat'"),
+        ({"max_seq_length": 0}, "--max_seq_length must be at least 1"),
+        ({"pre_seq_len": 0}, "--pre_seq_len is 0"),
+        ({"prefix_projection": True}, "--prefix_projection belongs to P-Tuning v2"),
+        ({"quantization_bit": 4}, "--quantization_bit 4 cannot train all parameters"),
+        ({"pre_seq_len": 8, "deepspeed": "{}"}, "--deepspeed with --pre_seq_len"),
+        ({"deepspeed": "nowhere.json"}, "--deepspeed nowhere.json does not exist"),
+        ({"ptuning_checkpoint": "/nowhere"}, "--ptuning_checkpoint /nowhere is not a folder"),
+        ({"fp16": True}, "--fp16 needs a GPU"),
+        ({"fp16": True, "bf16": True}, "--bf16 and --fp16 exclude each other"),
+        ({"eval_strategy": "steps"}, "evaluation needs --validation_file"),
+        ({"label_smoothing_factor": 0.1}, "--label_smoothing_factor needs the logits"),
+        ({"resume_from_checkpoint": "/nowhere"}, "the checkpoint /nowhere does not exist"),
+    ],
+)
+def test_impossible_runs_are_refused_before_loading(model, data, tmp_path, options, message, monkeypatch, capsys):
+    monkeypatch.setattr(workflow, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    assert train(model, data, tmp_path / "o", **{"pre_seq_len": None, **options}) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_low_learning_rate_for_a_prefix_is_noted(model, data, tmp_path):
+    notices = decide(flags(model, data, tmp_path, pre_seq_len=8, learning_rate=2e-5)).notices
+    assert [n for n in notices if "2e-05 is low for P-Tuning v2" in n]
+    assert decide(flags(model, data, tmp_path, pre_seq_len=8)).notices == []
+    assert decide(flags(model, data, tmp_path, learning_rate=2e-5)).notices == []
+
+
+# Order of the rows
+
+
+def test_units_hold_rows_of_similar_length():
+    lengths = torch.randint(1, 1000, (1003,), generator=torch.Generator().manual_seed(0)).tolist()
+    order = list(LengthGroupedBatches(lengths, unit=10, seed=1))
+    assert sorted(order) == list(range(1003))
+    units = [[lengths[i] for i in order[start : start + 10]] for start in range(0, 1000, 10)]
+    assert sum(max(unit) - min(unit) for unit in units) / len(units) < 40  # random units: about 820
+    means = [sum(unit) / 10 for unit in units]
+    assert means not in (sorted(means), sorted(means, reverse=True))
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    order = LengthGroupedBatches(list(range(1, 101)), unit=4, seed=5)
+    first = list(order)
+    torch.rand(3)
+    assert list(order) == first
+    order.set_epoch(1)
+    assert list(order) != first
+    order.set_epoch(0)
+    assert list(order) == first
+    assert list(LengthGroupedBatches(list(range(1, 101)), unit=4, seed=6)) != first
+
+
+# Checkpoints
+
+
+def make_checkpoint(output: Path, step: int) -> Path:
+    folder = output / f"checkpoint-{step}"
+    partial = checkpoints.start_partial(folder)
+    (partial / "weights.bin").write_bytes(b"x" * 100)
+    (partial / "sub").mkdir()
+    (partial / "sub" / "state.json").write_text("{}")
+    checkpoints.publish_checkpoint(folder, {"step": step})
+    return folder
+
+
+def test_only_whole_checkpoints_are_found(tmp_path):
+    assert checkpoints.find_last_checkpoint(tmp_path / "nowhere") is None
+    whole = make_checkpoint(tmp_path, 500)
+    make_checkpoint(tmp_path, 90)
+    assert checkpoints.read_whole_checkpoint(whole)["step"] == 500
+    truncated, missing, unlisted = (make_checkpoint(tmp_path, step) for step in (1000, 1500, 2000))
+    (truncated / "weights.bin").write_bytes(b"x" * 99)
+    (missing / "sub" / "state.json").unlink()
+    (unlisted / checkpoints.MANIFEST).unlink()
+    checkpoints.start_partial(tmp_path / "checkpoint-2500")
+    assert checkpoints.find_last_checkpoint(tmp_path) == whole
+    for folder, message in (
+        (truncated, "weights.bin has 99 bytes, expected 100"),
+        (missing, "sub/state.json is missing, expected 2"),
+        (unlisted, "has no checkpoint_manifest.json"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            checkpoints.read_whole_checkpoint(folder)
+
+
+def test_a_checkpoint_replaces_one_of_its_name(tmp_path):
+    old = make_checkpoint(tmp_path, 5)
+    (old / "old.txt").touch()
+    make_checkpoint(tmp_path, 5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-5"]
+    assert not (old / "old.txt").exists()
+
+
+def test_old_checkpoints_are_removed_but_not_the_best(tmp_path):
+    for step in (5, 10, 15, 100):
+        make_checkpoint(tmp_path, step)
+    checkpoints.remove_old_checkpoints(tmp_path, None)
+    assert len(checkpoints.list_checkpoints(tmp_path)) == 4
+    checkpoints.remove_old_checkpoints(tmp_path, 2, keep=tmp_path / "checkpoint-5")
+    assert [path.name for path in checkpoints.list_checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-100"]
+    checkpoints.remove_old_checkpoints(tmp_path, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-100"]
+
+
+# Runs
+
+
+@pytest.fixture(scope="module")
+def prefix_run(model, data, tmp_path_factory):
+    """A finished P-Tuning run: its folder and what it printed."""
+    output = tmp_path_factory.mktemp("run") / "output"
+    validation = write_conversations(output.parent / "validation.jsonl", rows=7, seed=9)
+    options = {"pre_seq_len": 4, "max_steps": 20, "save_steps": 6, "validation_file": validation, "save_total_limit": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        trained = []
+        original = workflow.run_finetuning
+        patch.setattr(workflow, "run_finetuning", lambda settings: trained.append(original(settings)))
+        assert train(model, data, output, gradient_accumulation_steps=2, **options) == 0
+    return output, trained[0], validation
+
+
+def test_p_tuning_changes_the_prefix_and_nothing_else(prefix_run, model):
+    _, trained, _ = prefix_run
+    base = dict(load_model(model).named_parameters())
+    after = dict(trained.model.named_parameters())
+    changed = {name for name in after if name not in base or not torch.equal(after[name], base[name])}
+    assert changed == {"model.prefix_encoder.embedding.weight"}
+    assert {name for name, value in after.items() if value.requires_grad} == changed
+    assert after["model.prefix_encoder.embedding.weight"].dtype == torch.float32
+
+
+def test_prefix_output_is_small_and_complete(prefix_run, model):
+    output, trained, _ = prefix_run
+    expected = {"settings.json", "trainer_state.json", "training_loss.png", *PREFIX_FILES}
+    assert {path.name for path in output.iterdir()} == expected | {"checkpoint-18", "checkpoint-20"}
+    assert (output / "training_loss.png").read_bytes().startswith(b"\x89PNG")
+    checkpoint = output / "checkpoint-20"
+    names = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", checkpoints.MANIFEST}
+    assert {path.name for path in checkpoint.iterdir()} == names | PREFIX_FILES
+    assert sum(path.stat().st_size for path in checkpoint.iterdir()) < 100_000
+    config = read_prefix_config(output)
+    assert (config.pre_seq_len, config.prompt_format, config.base_model) == (4, "multi-turn", str(model))
+    assert_prefix_equal(output, checkpoint)
+    loaded = load_model(model, pt_checkpoint=output)
+    assert torch.equal(loaded.prefix_encoder.embedding.weight, trained.model.prefix_encoder.embedding.weight)
+
+
+def test_log_has_losses_speed_and_validation(prefix_run):
+    output, _, _ = prefix_run
+    log = read_log(output)
+    training = [entry for entry in log if "loss" in entry]
+    assert [entry["step"] for entry in training] == list(range(1, 21))
+    assert training[-1]["loss"] < training[0]["loss"]
+    assert all(0 < entry["supervised_tokens_per_second"] < entry["tokens_per_second"] for entry in training)
+    assert training[0]["learning_rate"] == pytest.approx(2e-2)
+    validation = [entry["step"] for entry in log if "eval_loss" in entry]
+    assert validation == [6, 12, 18, 20]  # with each checkpoint and at the end
+
+
+def test_validation_loss_is_the_mean_over_tokens(prefix_run):
+    _, trained, _ = prefix_run
+    summed = tokens = 0
+    for row in trained.eval_dataset.rows:
+        labels = torch.tensor([row["labels"]])
+        with torch.no_grad():
+            loss = trained.model.eval()(torch.tensor([row["input_ids"]]), labels=labels).loss
+        count = int((labels != -100).sum())
+        summed, tokens = summed + loss.item() * count, tokens + count
+    assert [e for e in trained.state.log_history if "eval_loss" in e][-1]["eval_loss"] == pytest.approx(
+        summed / tokens, rel=1e-5
+    )
+
+
+def test_start_is_described(model, data, tmp_path, capsys):
+    assert train(model, data, tmp_path / "o", pre_seq_len=4, max_steps=3, gradient_accumulation_steps=4) == 0
+    printed = capsys.readouterr().out
+    for text in (
+        "'<|assistant|>': ",
+        " -> -100",
+        "24 rows of 24 records",
+        "P-Tuning v2, a prefix of 4 positions: 256 of ",
+        "0.02, linear, warm-up over 0 steps",
+        "2 rows × 4 accumulated × 1 processes = 8 rows a step",
+        "3 of 8 rows = 1.00 epochs of 24 rows",
+        "cpu, gradient checkpointing off",
+        "a new run",
+        "tokens_per_second",
+        f"finished: {tmp_path / 'o'}",
+    ):
+        assert text in printed
+
+
+def test_full_tuning_changes_everything_and_loads_alone(model, data, tmp_path):
+    settings = {name: str(value) for name, value in zip(*[iter(flags(model, data, tmp_path / "o"))] * 2)}
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({name.removeprefix("--"): value for name, value in settings.items()}))
+    assert finetune.main([str(path)]) == 0
+    base, trained = load_model(model), load_model(tmp_path / "o")
+    before, after = base.state_dict(), trained.state_dict()
+    assert before.keys() == after.keys()
+    # Adam moves every element that has a gradient; the key's bias shifts all scores alike and has none.
+    assert [name for name in before if torch.equal(before[name], after[name]) and "k_proj.bias" not in name] == []
+    official = load_file(tmp_path / "o" / "model.safetensors")
+    assert "transformer.encoder.layers.0.self_attention.query_key_value.weight" in official
+    assert load_tokenizer(tmp_path / "o").encode_text("皮卡丘") == load_tokenizer(model).encode_text("皮卡丘")
+    assert trained.config.use_cache is True
+    assert json.loads((tmp_path / "o" / "settings.json").read_text())["max_steps"] == 4
+
+
+def test_full_tuning_resumes_to_the_same_weights(model, data, tmp_path):
+    options = {"max_steps": 6, "save_steps": 3}
+    assert train(model, data, tmp_path / "a", **options) == 0
+    assert train(model, data, tmp_path / "b", **options) == 0
+    for folder in (tmp_path / "b").glob("checkpoint-6"):
+        checkpoints.remove_checkpoint(folder)
+    assert train(model, data, tmp_path / "b", resume_from_checkpoint=True, **options) == 0
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_one_row_accumulated_equals_one_batch(model, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(prefix, "PREFIX_DROPOUT", 0.0)  # each row draws its own dropout
+    options = {"pre_seq_len": 4, "max_steps": 5, "train_sampling_strategy": "random", "learning_rate": 1e-2}
+    for name, batch, accumulated in (("a", 4, 1), ("b", 1, 4)):
+        options |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated}
+        assert train(model, data, tmp_path / name, **options) == 0
+    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-6)
+    norms = [[e["grad_norm"] for e in read_log(tmp_path / name) if "grad_norm" in e] for name in "ab"]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    first, second = (load_file(tmp_path / name / "prefix_encoder.safetensors")["embedding.weight"] for name in "ab")
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_gradient_checkpointing_is_on_and_changes_nothing(model, data, tmp_path, monkeypatch, projection):
+    calls = []
+    load = workflow.load_model
+
+    def load_counting(*args, **kwargs):
+        loaded = load(*args, **kwargs)
+        loaded.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+        return loaded
+
+    monkeypatch.setattr(workflow, "load_model", load_counting)
+    counts = {}
+    for is_on in (False, True):
+        calls.clear()
+        options = {"pre_seq_len": 4, "prefix_projection": projection, "gradient_checkpointing": is_on}
+        assert train(model, data, tmp_path / str(is_on), **options) == 0
+        counts[is_on] = len(calls)
+    assert counts == {False: 4, True: 8}  # each of 4 batches runs forward a second time for its gradients
+    assert_prefix_equal(tmp_path / "False", tmp_path / "True")
+
+
+def test_a_bad_loss_stops_the_run_and_names_the_row(model, data, tmp_path, monkeypatch, capsys):
+    lines = data.read_text(encoding="utf-8").splitlines()
+    lines[17] = lines[17].replace("皮卡丘", "喷火龙")
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("\n".join(lines), encoding="utf-8")
+    tokenizer = load_tokenizer(model)
+    rare = set(tokenizer.encode_text("喷火龙")) - set(tokenizer.encode_text("皮卡丘的属性是什么电属性的宝可梦"))
+    load = workflow.load_model
+
+    def load_poisoned(*args, **kwargs):
+        loaded = load(*args, **kwargs)
+        loaded.model.embed_tokens.weight.data[sorted(rare)[-1]] = float("nan")
+        return loaded
+
+    monkeypatch.setattr(workflow, "load_model", load_poisoned)
+    options = {"pre_seq_len": 4, "per_device_train_batch_size": 1, "max_steps": 24}
+    assert train(model, broken, tmp_path / "o", **options) == 1
+    error = capsys.readouterr().err
+    assert "the loss is nan at step" in error
+    assert "row 17 (" in error
+    assert "line 18" in error
+    assert not (tmp_path / "o" / "config.json").exists()
+
+
+def test_a_finished_run_is_not_continued(prefix_run, model, data):
+    output, _, validation = prefix_run
+    before = load_file(output / "prefix_encoder.safetensors")["embedding.weight"]
+    options = {"pre_seq_len": 4, "max_steps": 20, "save_steps": 6, "validation_file": validation}
+    assert train(model, data, output, gradient_accumulation_steps=2, resume_from_checkpoint=True, **options) == 0
+    assert torch.equal(load_file(output / "prefix_encoder.safetensors")["embedding.weight"], before)
+    assert max(entry["step"] for entry in read_log(output)) == 20
+
+
+def test_runs_are_kept_apart(model, data, tmp_path, capsys):
+    options = {"pre_seq_len": 4, "max_steps": 2, "save_steps": 1}
+    assert train(model, data, tmp_path / "o", resume_from_checkpoint=True, **options) == 0
+    assert f"no whole checkpoint in {tmp_path / 'o'}: starting from the beginning" in capsys.readouterr().out
+    assert train(model, data, tmp_path / "o", **options) == 1
+    assert "holds checkpoint-2 of an earlier run" in capsys.readouterr().err
+    assert train(model, data, tmp_path / "o", resume_from_checkpoint=True, max_steps=2) == 1
+    assert "is a checkpoint of P-Tuning v2, and this run trains all parameters" in capsys.readouterr().err
+    options |= {"max_steps": 4, "save_steps": 3, "learning_rate": 1e-2}
+    assert train(model, data, tmp_path / "o", resume_from_checkpoint=tmp_path / "o" / "checkpoint-1", **options) == 0
+    assert "learning_rate was 0.02, is 0.01; max_steps was 2, is 4" in capsys.readouterr().out
+    assert train(model, data, tmp_path / "o", overwrite_output_dir=True, **options) == 0
+    names = [path.name for path in checkpoints.list_checkpoints(tmp_path / "o")]
+    assert names == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_a_prefix_is_continued_from_a_checkpoint(prefix_run, model, data, tmp_path):
+    output, _, _ = prefix_run
+    options = {"ptuning_checkpoint": output, "max_steps": 1, "learning_rate": 1e-9}
+    assert train(model, data, tmp_path / "o", **options) == 0
+    first, second = (load_model(model, pt_checkpoint=folder).prefix_encoder for folder in (output, tmp_path / "o"))
+    torch.testing.assert_close(first.embedding.weight, second.embedding.weight, rtol=0, atol=1e-7)
+
+
+def test_prompts_and_responses_with_a_projected_prefix(model, tmp_path):
+    data = tmp_path / "pairs.json"
+    pairs = [{"prompt": f"宝可梦{i}" * 40, "response": "草属性" * (i % 3 + 1)} for i in range(6)]
+    data.write_text(json.dumps(pairs, ensure_ascii=False), encoding="utf-8")
+    options = {"train_format": "input-output", "max_source_length": 20, "pre_seq_len": 4, "prefix_projection": True}
+    assert train(model, data, tmp_path / "o", prefix_init_std=0.5, **options) == 0
+    config = read_prefix_config(tmp_path / "o")
+    assert (config.prompt_format, config.prefix_projection) == ("input-output", True)
+
+
+def test_the_spread_of_a_new_prefix_can_be_set(model, data, tmp_path):
+    options = {"pre_seq_len": 64, "max_steps": 1, "learning_rate": 1e-9}
+    for std in (1.0, 0.1):
+        assert train(model, data, tmp_path / str(std), prefix_init_std=std, **options) == 0
+        weight = load_file(tmp_path / str(std) / "prefix_encoder.safetensors")["embedding.weight"]
+        assert weight.std().item() == pytest.approx(std, rel=0.05)
+
+
+def test_bfloat16_keeps_the_prefix_in_float32(model, data, tmp_path):
+    assert train(model, data, tmp_path / "o", pre_seq_len=4, bf16=True) == 0
+    assert load_file(tmp_path / "o" / "prefix_encoder.safetensors")["embedding.weight"].dtype == torch.float32
+    assert all(5 < loss < 10 for loss in losses(tmp_path / "o"))
+
+
+def test_a_loss_that_does_not_move_is_noted(caplog):
+    class State:
+        is_world_process_zero, global_step, max_steps = True, 30, 100
+
+    class Args:
+        learning_rate = 2e-5
+
+    for start, end, count in ((5.06, 4.99, 1), (5.06, 3.0, 0)):
+        caplog.clear()
+        State.log_history = [{"loss": start + (end - start) * i / 29} for i in range(30)]
+        warning = StuckLossWarning(is_prefix=True)
+        for _ in range(2):
+            warning.on_log(Args, State, None)
+        assert len(caplog.records) == count
+
+
+# Killed runs
+
+KILL_AT_BATCH = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(1)
+from finetune_chatmodel_demo import finetune
+from finetune_chatmodel_demo.training import checkpoints, trainer
+
+where, count = sys.argv[2], int(sys.argv[3])
+module, name = {"batch": (trainer.Trainer, "training_step"), "file": (checkpoints, "_flush")}[where]
+original, calls = getattr(module, name), []
+
+def die_in_time(*args, **kwargs):
+    calls.append(1)
+    if len(calls) == count:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+
+setattr(module, name, die_in_time)
+finetune.main(sys.argv[4:])
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_same_weights(model, data, tmp_path):
+    """Killed twice, in the middle of a step and of writing a checkpoint; prefix dropout and row order included."""
+    options = {"pre_seq_len": 4, "max_steps": 20, "save_steps": 5, "gradient_accumulation_steps": 2}
+    assert train(model, data, tmp_path / "whole", **options) == 0
+    killed = tmp_path / "killed"
+    argv = flags(model, data, killed, resume_from_checkpoint=True, **options)
+    # 10 files a checkpoint: 9 and the manifest. The first run dies in step 8, the second while flushing checkpoint-15.
+    for where, count, whole, partial in (("batch", 16, "checkpoint-5", False), ("file", 16, "checkpoint-10", True)):
+        command = [sys.executable, "-c", KILL_AT_BATCH, str(REPOSITORY), where, str(count), *argv]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        run = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert run.returncode == -signal.SIGKILL, run.stderr
+        assert checkpoints.find_last_checkpoint(killed).name == whole
+        assert any(path.name.startswith(checkpoints.PARTIAL_PREFIX) for path in killed.iterdir()) == partial
+    assert train(model, data, killed, resume_from_checkpoint=True, **options) == 0
+    assert_prefix_equal(tmp_path / "whole", killed)
+    assert losses(killed) == losses(tmp_path / "whole")
+    assert not [path for path in killed.iterdir() if path.name.startswith(checkpoints.PARTIAL_PREFIX)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_prefix_in_front_of_a_quantized_base(model, data, tmp_path, bits):
+    pytest.importorskip("bitsandbytes")
+    assert train(model, data, tmp_path / "o", pre_seq_len=4, quantization_bit=bits, max_steps=8) == 0
+    assert losses(tmp_path / "o")[-1] < losses(tmp_path / "o")[0]
+    assert load_model(model, pt_checkpoint=tmp_path / "o").prefix_encoder.length == 4
