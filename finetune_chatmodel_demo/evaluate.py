@@ -7,13 +7,13 @@
 Every assistant message with a "column" key is a question: the model gets the true conversation before it, answers
 greedily, and the reply must equal the reference text. With `--output X.json`:
 
-    {"model", "pt_checkpoint", "prompt_format", "device", "seed", "max_new_tokens", "batch_size", "seconds",
-     "files": [{"name", "path", "questions_in_file",
+    {"model", "pt_checkpoint", "prompt_format", "device", "seed", "batch_size", "seconds",
+     "files": [{"name", "path", "questions_in_file", "max_new_tokens",
                 "scores": {"base": SCORE, "base + prefix": SCORE}}]}        without a prefix: {"model": SCORE}
     SCORE: {"asked", "exact", "share", "wilson95": [low, high], "hit_cap", "by_column": {COLUMN: {"asked", "exact",
             "share"}}, "wrong": [{"column", "question", "expected", "got"}, … at most 20]}
 
-`hit_cap` counts the replies that --max-new-tokens ended.
+`hit_cap` counts the replies that did not end by themselves within max_new_tokens.
 """
 
 import argparse
@@ -30,7 +30,13 @@ if not __package__:  # run as a script: find the package, and let nothing in its
     _folder = Path(__file__).resolve().parent
     sys.path[:] = [str(_folder.parent), *(entry for entry in sys.path if entry != str(_folder))]
 
-from finetune_chatmodel_demo.generation.loading import UsageError, add_model_arguments, choose_model, load_choice
+from finetune_chatmodel_demo.generation.loading import (
+    ModelChoice,
+    UsageError,
+    add_model_arguments,
+    choose_model,
+    load_choice,
+)
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
@@ -54,7 +60,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--max-questions", "--max_questions", type=int, metavar="N", help="a random sample of each file (all)")
     add("--seed", type=int, default=0, metavar="N", help="of the sample (0)")
-    add("--max-new-tokens", "--max_new_tokens", type=int, default=64, metavar="N", help="longest reply (64)")
+    add(
+        "--max-new-tokens",
+        "--max_new_tokens",
+        type=int,
+        metavar="N",
+        help="longest reply, in tokens (what the longest reference of the file needs, and some to spare)",
+    )
     add("--batch-size", "--batch_size", type=int, default=32, metavar="N", help="questions at a time (32)")
     add("--examples", type=int, default=3, metavar="N", help="wrong replies to print of each file (3)")
     add("--output", type=Path, metavar="X.json", help="write everything here")
@@ -75,7 +87,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         OSError, ValueError: something that the user gave cannot be used.
     """
-    from finetune_chatmodel_demo.generation.exact_match import read_questions, score_questions
+    from finetune_chatmodel_demo.generation.exact_match import read_questions
 
     started = time.monotonic()
     files = [split_data(value) for value in arguments.data]
@@ -88,37 +100,48 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     for notice in choice.notices:
         print(notice, file=sys.stderr)
     model, tokenizer = load_choice(choice)
-    conditions = {WHOLE: contextlib.nullcontext}
-    if choice.prefix is not None:
-        conditions = {BASE: model.prefix_disabled, PREFIX: contextlib.nullcontext}
     results = []
     for (name, path), (asked, found) in zip(files, questions):
-        scores = {}
-        for condition, switch in conditions.items():
-            with switch():
-                score = score_questions(
-                    model,
-                    tokenizer,
-                    asked,
-                    prompt_format=choice.prompt_format,
-                    max_new_tokens=arguments.max_new_tokens,
-                    batch_size=arguments.batch_size,
-                    progress=True,
-                    description=f"{name}, {condition}",
-                )
-            scores[condition] = score.to_json()
-        results.append({"name": name, "path": str(path), "questions_in_file": found, "scores": scores})
+        scored = _score_file(model, tokenizer, name, asked, choice, arguments)
+        results.append({"name": name, "path": path, "questions_in_file": found} | scored)
     return {
         "model": choice.model,
         "pt_checkpoint": str(choice.prefix) if choice.prefix else None,
         "prompt_format": choice.prompt_format,
         "device": choice.device,
         "seed": arguments.seed,
-        "max_new_tokens": arguments.max_new_tokens,
         "batch_size": arguments.batch_size,
         "seconds": round(time.monotonic() - started, 1),
         "files": results,
     }
+
+
+def _score_file(
+    model: Any, tokenizer: Any, name: str, questions: list[Any], choice: ModelChoice, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """`max_new_tokens` and `scores` of one file."""
+    from finetune_chatmodel_demo.generation.exact_match import longest_reply_needed, score_questions
+
+    cap = arguments.max_new_tokens
+    cap = longest_reply_needed(tokenizer, questions) if cap is None else cap
+    conditions = {WHOLE: contextlib.nullcontext}
+    if choice.prefix is not None:
+        conditions = {BASE: model.prefix_disabled, PREFIX: contextlib.nullcontext}
+    scores = {}
+    for condition, switch in conditions.items():
+        with switch():
+            score = score_questions(
+                model,
+                tokenizer,
+                questions,
+                prompt_format=choice.prompt_format,
+                max_new_tokens=cap,
+                batch_size=arguments.batch_size,
+                progress=True,
+                description=f"{name}, {condition}",
+            )
+        scores[condition] = score.to_json()
+    return {"max_new_tokens": cap, "scores": scores}
 
 
 def format_table(result: dict[str, Any]) -> str:
@@ -140,7 +163,8 @@ def format_examples(result: dict[str, Any], count: int) -> str:
     for file in result["files"]:
         condition, score = list(file["scores"].items())[-1]
         if score["hit_cap"]:
-            lines.append(f"{file['name']}, {condition}: {score['hit_cap']} replies were ended by --max-new-tokens")
+            cap = file["max_new_tokens"]
+            lines.append(f"{file['name']}, {condition}: {score['hit_cap']} replies did not end within {cap} tokens")
         for example in score["wrong"][:count]:
             lines.append(f"{file['name']}, {condition}, wrong ({example['column']}): {example['question']}")
             lines.append(f"    expected {example['expected']!r}")

@@ -9,7 +9,13 @@ from finetune_chatmodel_demo import evaluate
 from finetune_chatmodel_demo.chatglm3 import load_model, load_tokenizer
 from finetune_chatmodel_demo.conversation.rendering import render_prompt
 from finetune_chatmodel_demo.generation.batch import generate_batch
-from finetune_chatmodel_demo.generation.exact_match import Question, read_questions, score_questions, wilson_interval
+from finetune_chatmodel_demo.generation.exact_match import (
+    Question,
+    longest_reply_needed,
+    read_questions,
+    score_questions,
+    wilson_interval,
+)
 
 CAP = 12
 
@@ -159,6 +165,13 @@ def test_replies_that_hit_the_cap_are_counted(model, tokenizer):
     question = Question("属性", [message("user", "皮卡丘？")], None, "x")
     score = score_questions(model, tokenizer, [question], prompt_format="multi-turn", max_new_tokens=1, batch_size=1)
     assert (score.exact, score.hit_cap) == (0, 1)
+
+
+def test_the_default_cap_lets_every_right_reply_end(tokenizer, data):
+    questions = read_questions(data)[0]
+    cap = longest_reply_needed(tokenizer, questions)
+    lengths = [len(tokenizer.build_single_message("assistant", "", question.expected)) for question in questions]
+    assert max(lengths) < cap < max(lengths) + 16
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ from finetune_chatmodel_demo.generation.batch import generate_replies
 from finetune_chatmodel_demo.generation.prompts import fit_prompt, prompt_budget
 
 WRONG_EXAMPLES_KEPT = 20
+# Metadata line, end token, and room for a reply that spells the same text in more pieces than the reference.
+SPARE_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,11 @@ def read_questions(path: str | Path, max_questions: int | None = None, seed: int
             "data_processing/data_processing.py, which writes it"
         )
     return [question for _, question in sorted(chosen, key=lambda pair: pair[0])], found
+
+
+def longest_reply_needed(tokenizer: Any, questions: Sequence[Question]) -> int:
+    """Tokens after which no reply can still equal its reference."""
+    return max(len(tokenizer.encode_text(question.expected)) for question in questions) + SPARE_TOKENS
 
 
 def score_questions(
