@@ -7,6 +7,7 @@
 """
 
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -16,6 +17,11 @@ if __name__ == "__main__":
 from finetune_chatmodel_demo.training.arguments import SettingsError, build_parser, parse_given, quick_help
 
 INTERRUPTED = 130
+OUT_OF_MEMORY_HINT = (
+    "The device's memory is full. In this order: --per_device_train_batch_size 1 with more "
+    "--gradient_accumulation_steps, --gradient_checkpointing True, a smaller --max_seq_length, --quantization_bit 4 "
+    "(P-Tuning v2)."
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,7 +41,8 @@ def main(argv: list[str] | None = None) -> int:
         print(build_parser().format_help())
         return 0
     logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stdout)
-    logging.getLogger("finetune_chatmodel_demo").setLevel(logging.INFO)
+    is_first = os.environ.get("RANK", "0") == "0"
+    logging.getLogger("finetune_chatmodel_demo").setLevel(logging.INFO if is_first else logging.WARNING)
     try:
         given, notices = parse_given(argv)
         return _run(given, notices)
@@ -48,7 +55,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(given: dict[str, object], notices: list[str]) -> int:
-    from finetune_chatmodel_demo.chatglm3.checkpoints import PrefixError
+    import torch
+
     from finetune_chatmodel_demo.conversation import RecordError
     from finetune_chatmodel_demo.training.settings import decide_settings
     from finetune_chatmodel_demo.training.trainer import NonFiniteLossError
@@ -56,8 +64,11 @@ def _run(given: dict[str, object], notices: list[str]) -> int:
 
     try:
         run_finetuning(decide_settings(given, notices))
-    except (RecordError, PrefixError, NonFiniteLossError, FileNotFoundError) as error:
+    except (RecordError, NonFiniteLossError, FileNotFoundError) as error:
         print(f"finetune.py: error: {error}", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError as error:
+        print(f"finetune.py: error: {error}\n{OUT_OF_MEMORY_HINT}", file=sys.stderr)
         return 1
     return 0
 

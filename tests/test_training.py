@@ -212,6 +212,7 @@ def test_units_hold_rows_of_similar_length():
     assert sum(max(unit) - min(unit) for unit in units) / len(units) < 40  # random units: about 820
     means = [sum(unit) / 10 for unit in units]
     assert means not in (sorted(means), sorted(means, reverse=True))
+    assert max(units[0]) == max(lengths)
 
 
 def test_order_depends_on_seed_and_epoch_alone():
@@ -452,13 +453,14 @@ def test_a_bad_loss_stops_the_run_and_names_the_row(model, data, tmp_path, monke
     assert not (tmp_path / "o" / "config.json").exists()
 
 
-def test_a_finished_run_is_not_continued(prefix_run, model, data):
+def test_a_finished_run_is_not_continued(prefix_run, model, data, caplog):
     output, _, validation = prefix_run
     before = load_file(output / "prefix_encoder.safetensors")["embedding.weight"]
     options = {"pre_seq_len": 4, "max_steps": 20, "save_steps": 6, "validation_file": validation}
     assert train(model, data, output, gradient_accumulation_steps=2, resume_from_checkpoint=True, **options) == 0
     assert torch.equal(load_file(output / "prefix_encoder.safetensors")["embedding.weight"], before)
     assert max(entry["step"] for entry in read_log(output)) == 20
+    assert "checkpoint-20 is the end of the run already: no step is left" in caplog.text
 
 
 def test_runs_are_kept_apart(model, data, tmp_path, capsys):
@@ -475,6 +477,18 @@ def test_runs_are_kept_apart(model, data, tmp_path, capsys):
     assert train(model, data, tmp_path / "o", overwrite_output_dir=True, **options) == 0
     names = [path.name for path in checkpoints.list_checkpoints(tmp_path / "o")]
     assert names == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_models_that_cannot_be_loaded_are_explained(prefix_run, model, data, tmp_path, capsys):
+    output, _, _ = prefix_run
+    assert train(model, data, tmp_path / "o", ptuning_checkpoint=output, pre_seq_len=5) == 1
+    assert "the prefix has 4 positions, but 5 were asked for" in capsys.readouterr().err
+    (tmp_path / "broken").mkdir()
+    for name in ("config.json", "tokenizer.model", "tokenizer_config.json"):
+        (tmp_path / "broken" / name).write_bytes((model / name).read_bytes())
+    assert train(tmp_path / "broken", data, tmp_path / "o") == 1
+    assert str(tmp_path / "broken") in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
 
 
 def test_a_prefix_is_continued_from_a_checkpoint(prefix_run, model, data, tmp_path):

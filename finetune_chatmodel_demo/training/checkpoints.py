@@ -137,8 +137,16 @@ def remove_checkpoint(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
+def remove_leftovers(output_dir: str | Path) -> None:
+    """Removes what a killed run had not finished writing."""
+    for path in Path(output_dir).glob(f"{PARTIAL_PREFIX}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def _flush(path: Path) -> None:
-    """Flushes a file or a folder to disk; file systems that cannot flush a folder are left alone."""
+    """Flushes a file or a folder to disk; systems that cannot flush a folder are left alone."""
+    if os.name == "nt" and path.is_dir():
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

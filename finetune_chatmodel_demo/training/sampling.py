@@ -43,7 +43,7 @@ class LengthGroupedBatches(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        if not self.is_grouped or self.unit == 1:
+        if not self.is_grouped:
             return iter(order)
         pool_size = self.unit * UNITS_PER_POOL
         order = [
@@ -55,4 +55,21 @@ class LengthGroupedBatches(Sampler[int]):
         # A last unit that is not full stays last: elsewhere it would shift all that follow.
         last = [units.pop()] if units and len(units[-1]) < self.unit else []
         shuffled = [units[i] for i in torch.randperm(len(units), generator=generator).tolist()]
+        if self.epoch == 0 and shuffled:
+            # The longest unit first: too little memory shows at once, and not after hours.
+            longest = max(range(len(shuffled)), key=lambda i: max(self.lengths[row] for row in shuffled[i]))
+            shuffled[0], shuffled[longest] = shuffled[longest], shuffled[0]
         return iter([index for unit in shuffled + last for index in unit])
+
+
+class FixedOrder(Sampler[int]):
+    """Yields the given indices."""
+
+    def __init__(self, order: Sequence[int]) -> None:
+        self.order = order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.order)

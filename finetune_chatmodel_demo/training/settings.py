@@ -216,10 +216,8 @@ def _default_evaluation(given: dict[str, object], data: DataArguments) -> dict[s
     """Evaluation at each checkpoint, when there is something to evaluate on."""
     if not data.validation_file:
         return {}
-    defaults = {"eval_strategy": given.get("save_strategy", "steps")}
-    if "save_steps" in given:
-        defaults["eval_steps"] = given["save_steps"]
-    return defaults
+    strategy = given.get("save_strategy", "steps")
+    return {"eval_strategy": strategy, "eval_steps": given.get("save_steps", 500) if strategy == "steps" else None}
 
 
 def _find_checkpoint(training: TrainingArguments, method: str) -> Path | None:

@@ -26,7 +26,7 @@ from finetune_chatmodel_demo.training.checkpoints import (
     start_partial,
 )
 from finetune_chatmodel_demo.training.plots import plot_loss
-from finetune_chatmodel_demo.training.sampling import LengthGroupedBatches
+from finetune_chatmodel_demo.training.sampling import FixedOrder, LengthGroupedBatches
 from finetune_chatmodel_demo.training.settings import P_TUNING, Settings
 
 LOSS_CURVE = "training_loss.png"
@@ -91,7 +91,7 @@ class ChatTrainer(Trainer):
         self.tokenizer_to_save = tokenizer
         self.throughput = Throughput()
         self._rows_of_step: list[torch.Tensor] = []
-        self._validation = torch.zeros(2, dtype=torch.float64)
+        self._validation, self._validated = torch.zeros(2, dtype=torch.float64), set[int]()
         uses_cache = model.config.use_cache
         if getattr(model, "is_quantized", False):
             model._hf_peft_config_loaded = True  # Trainer asks for an adapter on a quantized base; the prefix is one
@@ -122,7 +122,8 @@ class ChatTrainer(Trainer):
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
         """Longest rows first: little padding, and too little memory shows at once."""
         order = sorted(range(len(eval_dataset)), key=lambda i: eval_dataset.lengths[i], reverse=True)
-        return _FixedOrder(order)
+        self._validation_positions = {row: position for position, row in enumerate(order)}
+        return FixedOrder(order)
 
     # Steps
 
@@ -169,17 +170,27 @@ class ChatTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """The mean loss of a batch; sums are kept for the mean over all tokens."""
-        inputs.pop("row_index")
-        supervised = inputs.pop("token_counts")[:, 1].sum()
+        is_copy = self._find_copies(inputs.pop("row_index").tolist())
+        inputs.pop("token_counts")
         inputs = self._prepare_inputs(inputs)
+        inputs["labels"] = inputs["labels"].masked_fill(is_copy.to(inputs["labels"].device)[:, None], IGNORED_LABEL)
+        supervised = (inputs["labels"][:, 1:] != IGNORED_LABEL).sum()
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = model(**inputs).loss.detach()
         self._validation += torch.stack([loss * supervised, supervised]).to(self._validation)
         return loss, None, None
 
+    def _find_copies(self, rows: list[int]) -> torch.Tensor:
+        """(B,), True for rows that were added so that all processes have the same number of full batches."""
+        batches = [self._validation_positions[row] // self.args.eval_batch_size for row in rows]
+        is_own = [batch % self.args.world_size == self.args.process_index for batch in batches]
+        is_copy = [not own or row in self._validated for row, own in zip(rows, is_own)]
+        self._validated.update(rows)
+        return torch.tensor(is_copy)
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluates; the loss is the mean over all supervised tokens, whatever the batch size."""
-        self._validation = torch.zeros(2, dtype=torch.float64)
+        self._validation, self._validated = torch.zeros(2, dtype=torch.float64), set()
         output = super().evaluation_loop(*args, **kwargs)
         totals = self.accelerator.reduce(self._validation.float().to(self.args.device), reduction="sum")
         name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
@@ -286,14 +297,3 @@ class ChatTrainer(Trainer):
             super()._load_best_model()
         else:
             self.model.load_state_dict(load_model(best, dtype=torch.float32, device="cpu").state_dict())
-
-
-class _FixedOrder(Sampler[int]):
-    def __init__(self, order: list[int]) -> None:
-        self.order = order
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __iter__(self) -> Any:
-        return iter(self.order)

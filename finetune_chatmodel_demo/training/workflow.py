@@ -11,7 +11,13 @@ from transformers import set_seed
 from finetune_chatmodel_demo.chatglm3.loading import load_model, load_tokenizer
 from finetune_chatmodel_demo.conversation.collating import PadCollator
 from finetune_chatmodel_demo.conversation.datasets import build_dataset
-from finetune_chatmodel_demo.training.checkpoints import list_checkpoints, read_whole_checkpoint, remove_checkpoint
+from finetune_chatmodel_demo.training.arguments import SettingsError
+from finetune_chatmodel_demo.training.checkpoints import (
+    list_checkpoints,
+    read_whole_checkpoint,
+    remove_checkpoint,
+    remove_leftovers,
+)
 from finetune_chatmodel_demo.training.report import count_steps, describe_start, sanity_check
 from finetune_chatmodel_demo.training.settings import P_TUNING, Settings
 from finetune_chatmodel_demo.training.trainer import ChatTrainer
@@ -31,6 +37,7 @@ def run_finetuning(settings: Settings) -> ChatTrainer:
         The trainer, with the trained model and the log.
 
     Raises:
+        SettingsError: when the model cannot be loaded.
         RecordError: for a bad record in a data file, or when no row is left to train on.
         NonFiniteLossError: when the loss is no number any more.
     """
@@ -63,7 +70,11 @@ def _read_rows(settings: Settings, path: str, tokenizer: Any) -> Any:
 
 
 def _load(settings: Settings) -> torch.nn.Module:
-    """The base model with the checkpoint's weights in place, ready to train."""
+    """The base model with the checkpoint's weights in place, ready to train.
+
+    Raises:
+        SettingsError: when the model or the prefix cannot be loaded.
+    """
     model_arguments = settings.model
     is_prefix = settings.method == P_TUNING
     path: str | Path = model_arguments.model_name_or_path
@@ -71,15 +82,18 @@ def _load(settings: Settings) -> torch.nn.Module:
         path = settings.checkpoint
     prefix_checkpoint = settings.checkpoint if is_prefix else None
     prefix_checkpoint = prefix_checkpoint or model_arguments.ptuning_checkpoint
-    model = load_model(
-        path,
-        pt_checkpoint=prefix_checkpoint,
-        pre_seq_len=model_arguments.pre_seq_len,
-        prefix_projection=model_arguments.prefix_projection,
-        quantization_bit=model_arguments.quantization_bit,
-        dtype=settings.weights_dtype,
-        device=settings.training.device,
-    )
+    try:
+        model = load_model(
+            path,
+            pt_checkpoint=prefix_checkpoint,
+            pre_seq_len=model_arguments.pre_seq_len,
+            prefix_projection=model_arguments.prefix_projection,
+            quantization_bit=model_arguments.quantization_bit,
+            dtype=settings.weights_dtype,
+            device=settings.training.device,
+        )
+    except (ValueError, OSError) as error:
+        raise SettingsError(str(error)) from error
     if is_prefix and prefix_checkpoint is None:
         model.prefix_encoder.reset_parameters(model_arguments.prefix_init_std)
     return model
@@ -113,6 +127,7 @@ def _prepare_output(settings: Settings) -> None:
     """Keeps the settings beside the result, and removes the checkpoints of a run that is started anew."""
     folder = Path(settings.training.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
     if settings.checkpoint is None:
         for checkpoint in list_checkpoints(folder):
             remove_checkpoint(checkpoint)
@@ -128,7 +143,11 @@ def _train(settings: Settings, trainer: ChatTrainer) -> None:
     state = trainer.state.load_from_json(str(checkpoint / "trainer_state.json"))
     if state.global_step >= count_steps(trainer):
         # Trainer would make one more step, so that a restart loop would never come to rest.
-        logger.info("%s is the end of the run already: no step is left", checkpoint)
+        logger.info(
+            "%s is the end of the run already: no step is left (--max_steps adds some, --overwrite_output_dir starts "
+            "anew)",
+            checkpoint,
+        )
         trainer.state = state
         return
     trainer.train(resume_from_checkpoint=str(checkpoint))

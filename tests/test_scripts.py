@@ -1,0 +1,216 @@
+"""The finetune_*.sh scripts: what each passes on by default, that every knob arrives, and real runs."""
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from training_helpers import losses, make_model, write_conversations
+
+from finetune_chatmodel_demo.training.arguments import parse_given
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+DEMO = REPOSITORY / "finetune_chatmodel_demo"
+
+# The original's defaults (its Pokémon descendant's LR is not kept, see finetune_ps_pt_m.sh).
+MULTI_TURN = {"train_format": "multi-turn", "max_seq_length": 2048}
+PAIRS = {"train_format": "input-output", "max_source_length": 1024, "max_target_length": 128}
+PREFIX = {
+    "pre_seq_len": 128,
+    "learning_rate": 2e-2,
+    "per_device_train_batch_size": 1,
+    "max_steps": 1000,
+    "save_steps": 500,
+}
+DEEPSPEED = {
+    "learning_rate": 1e-4,
+    "deepspeed": str(DEMO / "configs" / "ds_zero2.json"),
+    "gradient_accumulation_steps": 1,
+}
+DEFAULTS = {
+    "finetune_pt_multiturn.sh": MULTI_TURN | PREFIX | {"gradient_accumulation_steps": 16, "data": "tool_alpaca"},
+    "finetune_ps_pt_m.sh": MULTI_TURN | PREFIX | {"gradient_accumulation_steps": 16, "data": "pokemon_conversations"},
+    "finetune_pt.sh": PAIRS | PREFIX | {"gradient_accumulation_steps": 32, "data": "advertise_gen"},
+    "finetune_ds_multiturn.sh": MULTI_TURN
+    | DEEPSPEED
+    | {"per_device_train_batch_size": 16, "max_steps": 200, "save_steps": 50, "data": "tool_alpaca"},
+    "finetune_ds.sh": PAIRS
+    | DEEPSPEED
+    | {"per_device_train_batch_size": 4, "max_steps": 500, "save_steps": 500, "data": "advertise_gen"},
+}
+RUN_NAMES = {
+    "finetune_pt_multiturn.sh": "tool_alpaca_pt-*-128-2e-2",
+    "finetune_ps_pt_m.sh": "pokemon",
+    "finetune_pt.sh": "advertise_gen_pt-*-128-2e-2",
+    "finetune_ds_multiturn.sh": "tool_alpaca_ft-*-1e-4",
+    "finetune_ds.sh": "advertise_gen_ft-*-1e-4",
+}
+FAKE_PROGRAM = """#!{python}
+import json, os, sys
+with open(os.environ["RECORD"], "w") as file:
+    json.dump([os.path.basename(sys.argv[0]), *sys.argv[1:]], file)
+print("fake training")
+sys.exit(int(os.environ.get("FAKE_STATUS", "0")))
+"""
+
+
+class Recorder:
+    """Runs scripts with a `python` and a `torchrun` that only note their arguments."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.repository = folder / "repository"
+        shutil.copytree(REPOSITORY / "scripts", self.repository / "scripts")
+        (folder / "bin").mkdir()
+        for name in ("python", "torchrun"):
+            program = folder / "bin" / name
+            program.write_text(FAKE_PROGRAM.format(python=sys.executable))
+            program.chmod(program.stat().st_mode | stat.S_IXUSR)
+
+    def run(
+        self, script: str, *arguments: str, cwd: Path | None = None, **knobs: object
+    ) -> subprocess.CompletedProcess:
+        environment = {
+            "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
+            "RECORD": str(self.folder / "record.json"),
+        }
+        environment |= {name: str(value) for name, value in knobs.items()}
+        return subprocess.run(
+            [self.repository / "scripts" / script, *arguments],
+            cwd=cwd or self.folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+
+    def command(self, script: str, *arguments: str, **options: object) -> tuple[list[str], dict[str, object]]:
+        """Returns what stands before finetune.py, and the parsed flags after it."""
+        completed = self.run(script, *arguments, **options)
+        assert completed.returncode == 0, completed.stderr
+        argv = json.loads((self.folder / "record.json").read_text())
+        entry = argv.index(str(self.repository / "finetune_chatmodel_demo" / "finetune.py"))
+        return argv[:entry], parse_given(argv[entry + 1 :])[0]
+
+
+@pytest.fixture
+def recorder(tmp_path) -> Recorder:
+    return Recorder(tmp_path)
+
+
+@pytest.mark.parametrize("script", DEFAULTS)
+def test_defaults_are_the_originals(recorder, script):
+    launcher, given = recorder.command(script)
+    expected = {name: value for name, value in DEFAULTS[script].items() if name not in ("data", "deepspeed")}
+    root = recorder.repository
+    expected |= {
+        "train_file": str(root / "formatted_data" / f"{DEFAULTS[script]['data']}.jsonl"),
+        "model_name_or_path": str(root / "THUDM" / "chatglm3-6b"),
+        "output_dir": given["output_dir"],
+        "preprocessing_num_workers": 1,
+        "logging_steps": 1,
+        "resume_from_checkpoint": "True",
+    }
+    if "deepspeed" in DEFAULTS[script]:
+        expected["deepspeed"] = str(root / "finetune_chatmodel_demo" / "configs" / "ds_zero2.json")
+        assert launcher == ["torchrun", "--standalone", "--nnodes=1", "--nproc_per_node=4"]
+    else:
+        assert launcher == ["python"]
+    assert given == expected
+    output = Path(given["output_dir"])
+    assert output.parent == root / "output"
+    assert output.match(RUN_NAMES[script])
+    log = (output / "train.log").read_text()
+    assert "finetune.py" in log and "fake training" in log
+
+
+@pytest.mark.parametrize("script", DEFAULTS)
+@pytest.mark.parametrize("spelling", ["GRAD_ACCUMULATION_STEPS", "GRAD_ACCUMULARION_STEPS"])
+def test_every_knob_arrives(recorder, script, spelling):
+    knobs = {
+        "PRE_SEQ_LEN": ("pre_seq_len", 7),
+        "LR": ("learning_rate", 0.125),
+        "MAX_SEQ_LEN": ("max_seq_length", 77),
+        "MAX_SOURCE_LEN": ("max_source_length", 78),
+        "MAX_TARGET_LEN": ("max_target_length", 79),
+        "DEV_BATCH_SIZE": ("per_device_train_batch_size", 3),
+        spelling: ("gradient_accumulation_steps", 5),
+        "MAX_STEP": ("max_steps", 11),
+        "SAVE_INTERVAL": ("save_steps", 13),
+        "BASE_MODEL_PATH": ("model_name_or_path", "/absolute/model"),
+        "DATASET_PATH": ("train_file", "/absolute/data.jsonl"),
+        "VALIDATION_PATH": ("validation_file", "/absolute/validation.jsonl"),
+        "AUTORESUME_FROM_CHECKPOINT": ("resume_from_checkpoint", "False"),
+        "PREPROCESSING_NUM_WORKERS": ("preprocessing_num_workers", 2),
+    }
+    launcher, given = recorder.command(script, NUM_GPUS=2, RUN_NAME="mine", **{k: v for k, (_, v) in knobs.items()})
+    known = set(DEFAULTS[script]) | {"model_name_or_path", "train_file", "validation_file", "resume_from_checkpoint"}
+    for flag, value in knobs.values():
+        if flag in known:
+            assert given[flag] == value
+    assert launcher == ["torchrun", "--standalone", "--nnodes=1", "--nproc_per_node=2"]
+    assert Path(given["output_dir"]).name.startswith("mine")
+
+
+def test_extra_arguments_override_knobs(recorder):
+    _, given = recorder.command("finetune_pt_multiturn.sh", "--learning_rate", "0.5", "--prefix_projection", LR=0.1)
+    assert given["learning_rate"] == 0.5
+    assert given["prefix_projection"] is True
+
+
+def test_master_port_is_honoured(recorder):
+    launcher, _ = recorder.command("finetune_ds.sh", MASTER_ADDR="10.0.0.1", MASTER_PORT=29999, NUM_GPUS=1)
+    assert launcher == [
+        *("torchrun", "--nnodes=1", "--master_addr=10.0.0.1", "--master_port=29999", "--nproc_per_node=1"),
+    ]
+
+
+def test_relative_paths_start_at_the_repository(recorder, tmp_path):
+    elsewhere = tmp_path / "else where"
+    elsewhere.mkdir()
+    (elsewhere / "mine.jsonl").touch()
+    options = {"cwd": elsewhere, "OUTPUT_DIR": "output/my run", "BASE_MODEL_PATH": "THUDM/other"}
+    _, given = recorder.command("finetune_ps_pt_m.sh", DATASET_PATH="formatted_data/x.jsonl", **options)
+    assert given["train_file"] == str(recorder.repository / "formatted_data" / "x.jsonl")
+    assert given["model_name_or_path"] == str(recorder.repository / "THUDM" / "other")
+    assert given["output_dir"] == str(recorder.repository / "output" / "my run")
+    _, given = recorder.command("finetune_ps_pt_m.sh", DATASET_PATH="mine.jsonl", **options)
+    assert given["train_file"] == str(elsewhere / "mine.jsonl")
+    assert len((recorder.repository / "output" / "my run" / "train.log").read_text().splitlines()) == 4
+
+
+def test_a_failed_run_fails_through_the_log(recorder):
+    completed = recorder.run("finetune_pt.sh", FAKE_STATUS=3)
+    assert completed.returncode == 3
+    assert "fake training" in completed.stdout
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (REPOSITORY / "scripts").glob("finetune_*.sh")))
+def test_scripts_can_be_run(script):
+    path = REPOSITORY / "scripts" / script
+    assert os.access(path, os.X_OK)
+    assert script in DEFAULTS
+    subprocess.run(["bash", "-n", path], check=True)
+
+
+@pytest.mark.slow
+def test_the_pokemon_script_trains_on_two_processes(tmp_path, tiny_folder):
+    """A real run, from another folder, with the demo's folder copied alone into another checkout."""
+    checkout = tmp_path / "checkout"
+    for name in ("scripts", "finetune_chatmodel_demo"):
+        shutil.copytree(REPOSITORY / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
+    make_model(checkout / "THUDM" / "chatglm3-6b", tiny_folder)
+    (checkout / "formatted_data").mkdir()
+    write_conversations(checkout / "formatted_data" / "pokemon_conversations.jsonl")
+    knobs = {"PRE_SEQ_LEN": "4", "GRAD_ACCUMULATION_STEPS": "2", "MAX_STEP": "6", "NUM_GPUS": "2"}
+    knobs["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = [checkout / "scripts" / "finetune_ps_pt_m.sh", "--use_cpu"]
+    environment = {**os.environ, **knobs, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    output = checkout / "output" / "pokemon"
+    assert len(losses(output)) == 6
+    log = (output / "train.log").read_text(encoding="utf-8")
+    assert "P-Tuning v2, a prefix of 4 positions" in log and "learning rate  0.02" in log
