@@ -30,16 +30,9 @@ if not __package__:  # run as a script: find the package, and let nothing in its
     _folder = Path(__file__).resolve().parent
     sys.path[:] = [str(_folder.parent), *(entry for entry in sys.path if entry != str(_folder))]
 
-from finetune_chatmodel_demo.generation.loading import (
-    ModelChoice,
-    UsageError,
-    add_model_arguments,
-    choose_model,
-    load_choice,
-)
+from finetune_chatmodel_demo.generation.errors import UsageError, run_and_explain
+from finetune_chatmodel_demo.generation.loading import ModelChoice, add_model_arguments, choose_model, load_choice
 
-EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
 BASE, PREFIX, WHOLE = "base", "base + prefix", "model"
 
 
@@ -182,27 +175,25 @@ def _width(text: str) -> int:
     return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run; returns the exit code: 2 for a mistake in what was given, 130 after Ctrl-C."""
-    arguments = build_parser().parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    try:
-        if arguments.output and not arguments.output.resolve().parent.is_dir():
-            raise UsageError(f"--output {arguments.output}: there is no folder {arguments.output.resolve().parent}")
-        result = evaluate(arguments)
-        if arguments.output:
-            text = json.dumps(result, ensure_ascii=False, indent=2) + "\n"
-            arguments.output.write_text(text, encoding="utf-8")
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USAGE
+def report(arguments: argparse.Namespace) -> None:
+    """Evaluate, write `--output`, print the table and some wrong replies."""
+    if arguments.output and not arguments.output.resolve().parent.is_dir():
+        raise UsageError(f"--output {arguments.output}: there is no folder {arguments.output.resolve().parent}")
+    result = evaluate(arguments)
+    if arguments.output:
+        text = json.dumps(result, ensure_ascii=False, indent=2) + "\n"
+        arguments.output.write_text(text, encoding="utf-8")
     print(format_table(result))
     print("(share of replies that equal the reference text, with its 95 % Wilson interval)")
     if examples := format_examples(result, arguments.examples):
         print(examples)
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run; returns the exit code of `run_and_explain`."""
+    arguments = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    return run_and_explain(lambda: report(arguments), out_of_memory_advice="use a smaller --batch-size")
 
 
 if __name__ == "__main__":

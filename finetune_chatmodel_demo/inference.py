@@ -19,16 +19,8 @@ if not __package__:  # run as a script: find the package, and let nothing in its
     _folder = Path(__file__).resolve().parent
     sys.path[:] = [str(_folder.parent), *(entry for entry in sys.path if entry != str(_folder))]
 
-from finetune_chatmodel_demo.generation.loading import (
-    ModelChoice,
-    UsageError,
-    add_model_arguments,
-    choose_model,
-    load_choice,
-)
-
-EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
+from finetune_chatmodel_demo.generation.errors import UsageError, run_and_explain
+from finetune_chatmodel_demo.generation.loading import ModelChoice, add_model_arguments, choose_model, load_choice
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -91,7 +83,8 @@ def decode_lines(raw_lines: Iterable[bytes]) -> Iterator[str]:
 def describe(choice: ModelChoice) -> str:
     """One line on what answers."""
     prefix = f" + prefix {choice.prefix}" if choice.prefix else ""
-    return f"{choice.model}{prefix}, {choice.prompt_format} prompts, on {choice.device}"
+    alone = " (each question stands alone)" if choice.prompt_format == "input-output" else ""
+    return f"{choice.model}{prefix}, {choice.prompt_format} prompts{alone}, on {choice.device}"
 
 
 def chat(arguments: argparse.Namespace) -> None:
@@ -119,6 +112,8 @@ def chat(arguments: argparse.Namespace) -> None:
         **sampling_options(arguments),
     )
     print(describe(choice), file=sys.stderr)
+    if arguments.seed is not None and not session.settings.do_sample:
+        print("--seed changes nothing in greedy replies; --do-sample samples", file=sys.stderr)
     if arguments.prompt is not None:
         answer_lines(session, [arguments.prompt], sys.stdout)
     elif not sys.stdin.isatty():
@@ -130,20 +125,15 @@ def chat(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run; returns the exit code: 2 for a mistake in what was given, 130 after Ctrl-C."""
+    """Run; returns the exit code of `run_and_explain`."""
     arguments = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a character must not end the chat.
         stream.reconfigure(errors="replace")
-    try:
-        chat(arguments)
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USAGE
-    return 0
+    return run_and_explain(
+        lambda: chat(arguments), out_of_memory_advice="close other programs, or use --device cpu, which is slow"
+    )
 
 
 def _enable_line_editing() -> None:

@@ -19,7 +19,8 @@ from finetune_chatmodel_demo import inference
 from finetune_chatmodel_demo.chatglm3 import load_model, load_tokenizer
 from finetune_chatmodel_demo.conversation.rendering import render_prompt
 from finetune_chatmodel_demo.generation import loading
-from finetune_chatmodel_demo.generation.loading import UsageError, choose_model
+from finetune_chatmodel_demo.generation.errors import UsageError, run_and_explain
+from finetune_chatmodel_demo.generation.loading import choose_model
 from finetune_chatmodel_demo.generation.replies import read_reply
 from finetune_chatmodel_demo.generation.session import ChatSession
 from finetune_chatmodel_demo.generation.terminal import HELP, TerminalChat
@@ -201,6 +202,19 @@ def test_a_tokenizer_of_another_model_is_refused(capsys, tmp_path, tiny_folder):
     assert "only 300; use the tokenizer that belongs to the model" in err
 
 
+def test_a_full_gpu_is_explained_and_our_own_faults_are_not_hidden(capsys):
+    def fail(error):
+        raise error
+
+    full = torch.OutOfMemoryError("tried to allocate 2 GiB")
+    assert run_and_explain(lambda: fail(full), out_of_memory_advice="use less") == 2
+    expected = "error: the GPU's memory is full (tried to allocate 2 GiB); use less\n"
+    assert capsys.readouterr().err == expected
+    assert run_and_explain(lambda: fail(KeyboardInterrupt()), out_of_memory_advice="") == 130
+    with pytest.raises(RuntimeError, match="a fault"):
+        run_and_explain(lambda: fail(RuntimeError("a fault")), out_of_memory_advice="")
+
+
 # --- one shot and pipes
 
 
@@ -219,7 +233,10 @@ def test_the_system_prompt_is_used(capsys, prefix, model, tokenizer):
 def test_input_output_prompts(capsys, prefix, model, tokenizer):
     flags = ["--pt-checkpoint", prefix, "--prompt", QUESTION, "--max-new-tokens", 16, "--format", "input-output"]
     expected = reference_reply(model, tokenizer, [user(QUESTION)], 16, "input-output")
-    assert run_main(capsys, *flags)[1] == expected + "\n"
+    _, out, err = run_main(capsys, *flags, "--seed", 1)
+    assert out == expected + "\n"
+    assert "input-output prompts (each question stands alone), on" in err
+    assert "--seed changes nothing in greedy replies" in err
 
 
 def test_sampling_flags_switch_sampling_on_and_seeds_repeat(capsys, prefix):
@@ -311,6 +328,12 @@ def test_system_prompt_in_the_chat(model, tokenizer):
         f"(system prompt: 图鉴)\nassistant> {expected}\nsystem: 图鉴\nuser: 一\nassistant: {expected}\n"
         "(system prompt: none)\n(system prompt: none)\n\n"
     )
+
+
+def test_input_output_has_no_system_prompt(model, tokenizer):
+    session = ChatSession(model, tokenizer, prompt_format="input-output", max_new_tokens=4)
+    assert "it has no system prompt" in talk(session, "/system 图鉴")
+    assert session.system is None
 
 
 def test_commands_are_told_from_messages(model, tokenizer):

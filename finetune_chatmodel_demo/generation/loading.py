@@ -10,16 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune_chatmodel_demo.generation.errors import UsageError
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Tried in this order when neither --model nor the checkpoint names a base model.
 DEFAULT_MODELS = (REPOSITORY / "THUDM" / "chatglm3-6b", REPOSITORY / "THUDM" / "chatglm3-tiny")
 PROMPT_FORMATS = ("multi-turn", "input-output")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _PREFIX_FILE = "prefix_encoder.safetensors"
-
-
-class UsageError(ValueError):
-    """The flags name something that cannot be used; the message says what to do."""
 
 
 @dataclass(frozen=True)

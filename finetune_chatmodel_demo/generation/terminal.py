@@ -119,6 +119,9 @@ class TerminalChat:
             self._say("(the model has not called a tool)")
 
     def _set_system(self, text: str) -> None:
+        if self.session.prompt_format == "input-output":
+            self._say("(the input-output format is the question alone: it has no system prompt)")
+            return
         if text:
             self.session.system = None if text == "-" else text
             self.session.reset()
