@@ -54,7 +54,7 @@ run() {
         printf ' %q' "$@"
         printf '\n'
     } >&2
-    "$@" || fail "step ${#titles[@]} (${titles[-1]}) failed; the message is above"
+    "$@" || fail "step ${#titles[@]} (${titles[${#titles[@]} - 1]}) failed; the message is above"
 }
 
 cd "$REPOSITORY"
