@@ -110,12 +110,13 @@ def test_official_layout_is_written_back_bit_for_bit(golden, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_reads_safetensors_of_every_dtype(golden, base_outputs, tmp_path, dtype):
+def test_reads_safetensors_of_every_dtype(golden, base_outputs, tmp_path, dtype, caplog):
     weights = official_weights(golden / "tiny_chatglm3")
     del weights["transformer.rotary_pos_emb.inv_freq"]  # files without the derived frequencies are whole
     save_file({k: v.to(dtype) for k, v in weights.items()}, tmp_path / "model.safetensors", {"format": "pt"})
     shutil.copy(golden / "tiny_chatglm3/config.json", tmp_path)
     model = load_model(tmp_path, dtype="auto")
+    assert "deprecated" not in caplog.text
     assert model.lm_head.weight.dtype == torch.float32  # what config.json says
     model = load_model(tmp_path, dtype=dtype)
     assert model.lm_head.weight.dtype == dtype
@@ -318,6 +319,8 @@ def test_prefix_save_load_gives_the_same_logits_and_the_original_reads_it(golden
         "prefix_encoder.safetensors",
         "pytorch_model.bin",
     ]
+    modes = {p.stat().st_mode for p in (tmp_path / "out").iterdir()}
+    assert len(modes) == 1, "whoever may read one file may read all"
     original = torch.load(golden / f"{name}_checkpoint/pytorch_model.bin", weights_only=True)
     written = torch.load(tmp_path / "out/pytorch_model.bin", weights_only=True)
     assert written.keys() == original.keys()

@@ -126,7 +126,10 @@ def save_prefix(
     if prompt_format is not None and prompt_format not in PROMPT_FORMATS:
         raise ValueError(f"prompt_format is {prompt_format!r}; use one of {', '.join(PROMPT_FORMATS)}")
     parameters = _prefix_state(model, state_dict)
-    config = model.config.to_dict() | {"base_model_name_or_path": base_model, "prompt_format": prompt_format}
+    config = json.loads(model.config.to_json_string(use_diff=False)) | {
+        "base_model_name_or_path": base_model,
+        "prompt_format": prompt_format,
+    }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".prefix-", dir=folder))
@@ -134,6 +137,7 @@ def save_prefix(
         save_file(parameters, scratch / SAFE_FILE, metadata={"format": "pt"})
         torch.save({OFFICIAL_KEY + name: value for name, value in parameters.items()}, scratch / OFFICIAL_FILE)
         (scratch / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        shutil.copymode(scratch / CONFIG_FILE, scratch / SAFE_FILE)  # safetensors lets nobody else read its files
         for name in (SAFE_FILE, OFFICIAL_FILE, CONFIG_FILE):
             os.replace(scratch / name, folder / name)
     finally:

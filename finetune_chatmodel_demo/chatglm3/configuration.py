@@ -4,6 +4,7 @@ transformers' Glm classes read the same values under their own names (`num_hidde
 `attribute_map` translates, so a saved configuration keeps the official names and other programs can still read it.
 """
 
+import json
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -120,13 +121,18 @@ class ChatGLM3Config(PreTrainedConfig):
         return self.num_layers * 2 * self.multi_query_group_num * self.kv_channels
 
     def to_dict(self) -> dict[str, Any]:
-        """As in the official files: their architecture names, `torch_dtype`, and nothing that is derived."""
+        """As in the official files: their architecture names, and nothing that is derived."""
         values = super().to_dict()
         values.pop("rope_parameters", None)
         for name, value in FIXED_BY_ARCHITECTURE.items():
             values.setdefault(name, value)
         if values.get("architectures"):
             values["architectures"] = [OFFICIAL_ARCHITECTURES.get(a, a) for a in values["architectures"]]
+        return values
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """What is saved: `dtype` stands there under its old name as well, which older programs read."""
+        values = json.loads(super().to_json_string(use_diff))
         if values.get("dtype") is not None:
             values["torch_dtype"] = values["dtype"]
-        return values
+        return json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
