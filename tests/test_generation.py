@@ -1,6 +1,7 @@
 """The generation room: replies read from ids, sessions, seeds, interruption, batches."""
 
 import logging
+import signal
 import threading
 
 import pytest
@@ -69,7 +70,11 @@ def command(tokenizer, name):
 
 
 def alive():
-    return [thread for thread in threading.enumerate() if thread.name == "generate"]
+    """Threads that still generate; one that is done may take a moment to vanish."""
+    threads = [thread for thread in threading.enumerate() if thread.name == "generate"]
+    for thread in threads:
+        thread.join(timeout=1)
+    return [thread for thread in threads if thread.is_alive()]
 
 
 # --- replies
@@ -293,6 +298,24 @@ def test_leaving_a_reply_early_stops_the_thread_and_keeps_what_was_said(tokenize
     assert not alive()
     assert said == "火水"
     assert session.history == [turn("user", "一"), turn("assistant", "火水")]
+
+
+def test_ctrl_c_while_the_thread_starts_still_stops_it(model, tokenizer, monkeypatch):
+    start = threading.Thread.start
+
+    def start_interrupted(thread):
+        start(thread)
+        if thread.name == "generate":
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(threading.Thread, "start", start_interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    session = ChatSession(model, tokenizer, max_new_tokens=200)
+    with pytest.raises(KeyboardInterrupt):
+        list(session.reply("一"))
+    assert not alive()
+    assert session.history == []
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_interruption_before_the_first_word_forgets_the_question(model, tokenizer, monkeypatch):

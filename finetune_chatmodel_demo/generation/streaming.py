@@ -6,6 +6,7 @@ thread at its next token.
 
 import contextlib
 import queue
+import signal
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -57,6 +58,22 @@ def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    """Ctrl-C within this context strikes at its end: an interrupted `Thread.start` does not tell whether it started."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    struck: list[tuple[Any, ...]] = []
+    handler = signal.signal(signal.SIGINT, lambda *arguments: struck.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if struck and callable(handler):
+        handler(*struck[0])
+
+
 def stream_ids(
     model: Any, input_ids: list[int], settings: GenerationConfig, *, seed: int | None = None
 ) -> Iterator[int]:
@@ -72,7 +89,7 @@ def stream_ids(
         Exception: whatever `generate` raised in its thread.
     """
     ids: queue.SimpleQueue = queue.SimpleQueue()
-    stop = threading.Event()
+    stop, done = threading.Event(), threading.Event()
 
     def work() -> None:
         try:
@@ -88,16 +105,20 @@ def stream_ids(
             ids.put(None)
         except BaseException as error:  # handed to the reading thread, which raises it
             ids.put(error)
+        finally:
+            done.set()
 
+    # No daemon: torch aborts when the program ends under it.
     worker = threading.Thread(target=work, name="generate")
     try:
-        # Inside, because Ctrl-C can also strike here. No daemon: torch aborts when the program ends under it.
-        worker.start()
+        with _interrupts_deferred():
+            worker.start()
         yield from _read_until_done(ids, set(settings.eos_token_id or ()))
     finally:
         stop.set()
-        if worker.is_alive():
-            worker.join()
+        if worker.ident is not None:
+            # Not join(): a second Ctrl-C in there makes Python forget the thread, which it then does not wait for.
+            done.wait()
 
 
 def _read_until_done(ids: queue.SimpleQueue, stop_ids: set[int]) -> Iterator[int]:
