@@ -16,8 +16,6 @@ def run_script(name: str, cwd: Path, **knobs: str) -> subprocess.CompletedProces
     """A script in this Python's environment, unless VENV says otherwise; it is expected to fail."""
     private = ("VIRTUAL_ENV", "CONDA_PREFIX", "PYTHON")
     inherited = {key: value for key, value in os.environ.items() if key not in private}
-        key: value for key, value in os.environ.items() if key not in ("VIRTUAL_ENV", "CONDA_PREFIX", "PYTHON")
-    }
     result = subprocess.run(
         ["bash", str(REPOSITORY / "scripts" / name)],
         cwd=cwd,
