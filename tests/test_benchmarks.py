@@ -1,0 +1,129 @@
+"""The benchmarks run, on sizes that take no time; their original's side gives the original code's numbers."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "benchmarks"))
+
+import bench_decoding
+import bench_training
+from benchmark_helpers import ModelSize, summarize
+from pokemon_rows import choose_by_length
+from training_sides import OriginalLoss, OurLoss, Side
+
+from finetune_chatmodel_demo.chatglm3 import load_model
+
+BENCHMARKS = Path(__file__).resolve().parent / "benchmarks"
+SMALL = ["--layers", "2", "--hidden_size", "128", "--ffn_hidden_size", "96", "--vocabulary", "65024", "--prefix", "8"]
+SMALL_TRAINING = [*SMALL, "--max_seq_length", "320", "--rows", "2", "--csv_rows", "12"]
+
+
+@pytest.fixture(scope="module")
+def training_report(tmp_path_factory):
+    output = tmp_path_factory.mktemp("benchmarks") / "new" / "training.json"
+    report = bench_training.main([*SMALL_TRAINING, "--repeats", "2", "--no_memory", "--output", str(output)])
+    assert json.loads(output.read_text(encoding="utf-8")) == report
+    return report
+
+
+def test_training_report(training_report):
+    assert set(training_report) == {"benchmark", "machine", "model", "data", "settings", "results"}
+    assert training_report["data"]["template"] == "pokemon.yaml"
+    assert len(training_report["data"]["chosen_rows_tokens"]) == 2
+    assert training_report["model"]["vocabulary"] == 65024
+    (result,) = training_report["results"]
+    assert result["max_seq_length"] == 320
+    for side in ("original", "ours"):
+        assert result[side]["seconds_per_step"]["count"] == 4
+        steps = result[side]["seconds_per_step"]
+        assert steps["min"] <= steps["median"] <= steps["max"]
+        assert result[side]["samples_per_second"] > 0
+    ratio = result["ours"]["samples_per_second"] / result["original"]["samples_per_second"]
+    assert result["speedup"]["samples_per_second"] == pytest.approx(ratio, rel=1e-2)
+
+
+def test_both_sides_of_training_agree(training_report):
+    (result,) = training_report["results"]
+    agreement = result["agreement"]
+    assert agreement["first_loss"]["original"] == pytest.approx(np.log(65024), rel=0.02)  # a random model knows nothing
+    assert agreement["first_relative_difference"] < 1e-5
+    assert agreement["largest_relative_difference"] < 1e-3
+    assert agreement["first_gradient_relative_difference"] < 1e-4
+    assert agreement["last_loss"]["ours"] != agreement["first_loss"]["ours"]
+
+
+def test_original_side_gives_the_original_numbers(golden):
+    model = load_model(golden / "tiny_chatglm3", pt_checkpoint=golden / "tiny_prefix_checkpoint", device="cpu")
+    with np.load(golden / "tiny_chatglm3_outputs.npz") as base, np.load(golden / "tiny_prefix_outputs.npz") as prefix:
+        row = {"input_ids": base["single_input_ids"][0].tolist(), "labels": base["labels"][0].tolist()}
+        expected_loss = torch.tensor(prefix["loss"])
+        (expected_gradient,) = [torch.tensor(prefix[name]) for name in prefix if name.startswith("grad:")]
+    for loss_of in (OriginalLoss(max_seq_length=40, pad_token_id=0), OurLoss(pad_token_id=0)):
+        model.zero_grad()
+        loss = loss_of(model, [row])
+        loss.backward()
+        torch.testing.assert_close(loss.detach(), expected_loss.reshape(()), rtol=1e-5, atol=0)
+        gradient = model.prefix_encoder.embedding.weight.grad
+        assert (gradient - expected_gradient).norm() < 1e-4 * expected_gradient.norm()
+
+
+def test_sides_start_alike_and_checkpoint():
+    sides = [Side(OurLoss(0), ModelSize(2, 128, 96, 256, 4)) for _ in range(2)]
+    first, second = [side.model.state_dict() for side in sides]
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    for side in sides:
+        assert side.model.training
+        assert all(layer.gradient_checkpointing for layer in side.model.model.layers)
+        assert [p.shape for p in side.model.parameters() if p.requires_grad] == [torch.Size([4, 2 * 2 * 2 * 64])]
+
+
+def test_decoding_report(tmp_path):
+    output = tmp_path / "decoding.json"
+    arguments = [*SMALL, "--prompt_tokens", "6", "--new_tokens", "4", "--pairs", "3", "--output", str(output)]
+    report = bench_decoding.main(arguments)
+    assert json.loads(output.read_text(encoding="utf-8")) == report
+    results = report["results"]
+    assert set(results) == {"with_prefix", "without_prefix", "overhead_of_prefix", "replies_differ"}
+    for name in ("with_prefix", "without_prefix"):
+        assert results[name]["tokens_per_second"]["count"] == 3
+        assert results[name]["tokens_per_second"]["min"] > 0
+    assert results["replies_differ"]
+    assert report["settings"]["new_tokens"] == 4
+    overhead = results["overhead_of_prefix"]
+    assert overhead["is_kept"] == (overhead["median_token_wall"]["median"] <= overhead["promised_at_most"] == 0.03)
+
+
+def test_statistics():
+    assert summarize([3.0, 1.0, 2.0, 4.0]) == {
+        "median": 2.5, "quarter": 1.75, "three_quarters": 3.25, "min": 1.0, "max": 4.0, "count": 4,
+    }  # fmt: skip
+    assert summarize([7.0])["three_quarters"] == 7.0
+    assert choose_by_length([50, 10, 40, 20, 30, 60], 3) == [3, 2, 5]
+    with pytest.raises(ValueError, match="9 rows are wanted, and the data has 2"):
+        choose_by_length([1, 2], 9)
+
+
+@pytest.mark.parametrize("program", ["bench_training.py", "bench_decoding.py"])
+def test_bad_numbers_are_refused(program, capsys):
+    with pytest.raises(SystemExit):
+        {"bench_training.py": bench_training, "bench_decoding.py": bench_decoding}[program].main(
+            ["--repeats" if program == "bench_training.py" else "--pairs", "0"]
+        )
+    assert "at least" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_command_measures_memory(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "bench_training.py"), *SMALL_TRAINING, "--repeats", "1"]
+    finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
+    assert finished.returncode == 0, finished.stderr
+    memory = json.loads(finished.stdout)["results"][0]["memory"]
+    # The padded side holds 319 × 65,024 float32 logits and their gradient, 79 MiB each; ours a part of the rows.
+    assert memory["original"]["step_mib"] > 2 * 79
+    assert memory["ours"]["step_mib"] < memory["original"]["step_mib"]
