@@ -382,6 +382,8 @@ def test_full_tuning_changes_everything_and_loads_alone(model, data, tmp_path):
     assert load_tokenizer(tmp_path / "o").encode_text("皮卡丘") == load_tokenizer(model).encode_text("皮卡丘")
     assert trained.config.use_cache is True
     assert json.loads((tmp_path / "o" / "settings.json").read_text())["max_steps"] == 4
+    config = json.loads((tmp_path / "o" / "config.json").read_text(encoding="utf-8"))
+    assert config["prompt_format"] == "multi-turn"
 
 
 def test_full_tuning_resumes_to_the_same_weights(model, data, tmp_path):

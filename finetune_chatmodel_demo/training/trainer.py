@@ -263,6 +263,7 @@ class ChatTrainer(Trainer):
                 prompt_format=self.settings.data.train_format,
             )
         else:
+            self.model.config.prompt_format = self.settings.data.train_format  # inference.py reads it
             self.model.save_pretrained(folder, state_dict=state_dict)
             self.tokenizer_to_save.save_pretrained(folder)
 
