@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="longest reply, in tokens (what the longest reference of the file needs, and some to spare)",
     )
-    add("--batch-size", "--batch_size", type=int, default=32, metavar="N", help="questions at a time (32)")
+    add("--batch-size", "--batch_size", type=int, default=64, metavar="N", help="questions at a time (64)")
     add("--examples", type=int, default=3, metavar="N", help="wrong replies to print of each file (3)")
     add("--output", type=Path, metavar="X.json", help="write everything here")
     return parser
