@@ -18,7 +18,6 @@ from finetune_chatmodel_demo.conversation import (
     Rendering,
     build_dataset,
     json_files,
-    parse_reply,
     read_records,
     render_conversation,
     render_input_output,
@@ -337,21 +336,6 @@ def test_a_tool_call_reads_the_same_from_a_chat_history():
     call = {"role": "tool", "name": "f", "parameters": {"a": 1}, "observation": "r"}
     history = [message("assistant", "```python\ntool_call(a=1)\n```", metadata="f"), message("observation", "r")]
     assert render_prompt(TOKENIZER, [call]) == render_prompt(TOKENIZER, history)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("\n 电属性。", ("", "电属性。")),
-        ("\n第一行\n第二行\n", ("", "第一行\n第二行")),
-        ("电属性", ("", "电属性")),
-        ("", ("", "")),
-        ("query\n```python\ntool_call(a=1)\n```", ("query", "```python\ntool_call(a=1)\n```")),
-        (" \n训练于[[训练时间]]", ("", "训练于[[训练时间]]")),
-    ],
-)
-def test_parse_reply(text, expected):
-    assert parse_reply(text) == expected
 
 
 def test_input_output_prompt_is_the_start_of_the_row():

@@ -349,6 +349,9 @@ def test_prefix_errors_say_what_is_wrong(golden, tmp_path):
     wider = ChatGLM3ForCausalLM(ChatGLM3Config(**tiny_sizes(), num_layers=4))
     with pytest.raises(PrefixError, match=r"a prefix row has 192 values; this base model needs 256"):
         load_prefix(wider, checkpoint)
+    wider.config.save_pretrained(tmp_path / "wider")  # no weights: the check comes before they are read
+    with pytest.raises(PrefixError, match=r"this base model needs 256 .* another base model: THUDM/chatglm3-6b"):
+        load_model(tmp_path / "wider", pt_checkpoint=checkpoint)
     shutil.copytree(checkpoint, tmp_path / "broken")
     state = torch.load(checkpoint / "pytorch_model.bin", weights_only=True)
     torch.save(

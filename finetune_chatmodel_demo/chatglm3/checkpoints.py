@@ -18,6 +18,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
+
 if TYPE_CHECKING:
     from finetune_chatmodel_demo.chatglm3.modeling import ChatGLM3ForCausalLM
 
@@ -85,13 +87,7 @@ def load_prefix(model: "ChatGLM3ForCausalLM", folder: str | Path, *, pre_seq_len
             f"{folder}: the prefix has {found.pre_seq_len} positions, but {pre_seq_len} were asked for. "
             f"Leave the length out, or say {found.pre_seq_len}."
         )
-    kv_size = parameters["embedding.weight"].shape[1]
-    if kv_size != model.config.kv_size:
-        raise PrefixError(
-            f"{folder}: a prefix row has {kv_size} values; this base model needs {model.config.kv_size} "
-            "(layers × 2 × groups × channels). The prefix was trained for another base model"
-            + (f": {found.base_model}." if found.base_model else ".")
-        )
+    _check_base(folder, parameters, found, model.config)
     encoder = model.prefix_encoder
     if encoder is None:
         model.add_prefix(found.pre_seq_len, found.prefix_projection)
@@ -99,6 +95,16 @@ def load_prefix(model: "ChatGLM3ForCausalLM", folder: str | Path, *, pre_seq_len
     _check_parameters(folder, parameters, encoder.state_dict())
     encoder.load_state_dict(parameters)
     return found
+
+
+def check_prefix(folder: str | Path, config: ChatGLM3Config) -> None:
+    """Refuses a prefix that was trained for another base model than `config` describes, before gigabytes are read.
+
+    Raises:
+        PrefixError: as `load_prefix`.
+    """
+    parameters = _read_parameters(Path(folder))
+    _check_base(Path(folder), parameters, _describe(Path(folder), parameters), config)
 
 
 def save_prefix(
@@ -199,6 +205,16 @@ def _describe(folder: Path, parameters: dict[str, torch.Tensor]) -> PrefixConfig
         base_model=values.get("base_model_name_or_path") or values.get("_name_or_path"),
         prompt_format=values.get("prompt_format"),
     )
+
+
+def _check_base(folder: Path, parameters: dict[str, torch.Tensor], found: PrefixConfig, config: ChatGLM3Config) -> None:
+    kv_size = parameters["embedding.weight"].shape[1]
+    if kv_size != config.kv_size:
+        raise PrefixError(
+            f"{folder}: a prefix row has {kv_size} values; this base model needs {config.kv_size} "
+            "(layers × 2 × groups × channels). The prefix was trained for another base model"
+            + (f": {found.base_model}." if found.base_model else ".")
+        )
 
 
 def _check_parameters(folder: Path, found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

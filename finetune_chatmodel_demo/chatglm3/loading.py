@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
-from finetune_chatmodel_demo.chatglm3.checkpoints import load_prefix, read_prefix_config
+from finetune_chatmodel_demo.chatglm3.checkpoints import check_prefix, load_prefix
+from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
 from finetune_chatmodel_demo.chatglm3.modeling import ChatGLM3ForCausalLM
 from finetune_chatmodel_demo.chatglm3.tokenizer import ChatGLMTokenizer
 
@@ -54,9 +55,9 @@ def load_model(
         raise ValueError(f"pre_seq_len is {pre_seq_len}; a prefix has at least 1 position")
     if prefix_projection and pre_seq_len is None and pt_checkpoint is None:
         raise ValueError("prefix_projection without a prefix: give pre_seq_len as well")
-    if pt_checkpoint is not None:
-        read_prefix_config(pt_checkpoint)  # fails before gigabytes are read
     _check_folder(path, "config.json")
+    if pt_checkpoint is not None:
+        check_prefix(pt_checkpoint, ChatGLM3Config.from_pretrained(str(path)))
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     quantization = None if quantization_bit is None else _quantization(quantization_bit, _dtype(dtype, device))
     model, report = ChatGLM3ForCausalLM.from_pretrained(

@@ -16,7 +16,6 @@ from finetune_chatmodel_demo.conversation.records import (
 from finetune_chatmodel_demo.conversation.rendering import (
     IGNORED_LABEL,
     Rendering,
-    parse_reply,
     render_conversation,
     render_input_output,
     render_prompt,
@@ -33,7 +32,6 @@ __all__ = [
     "RecordFile",
     "Rendering",
     "build_dataset",
-    "parse_reply",
     "read_records",
     "render_conversation",
     "render_input_output",

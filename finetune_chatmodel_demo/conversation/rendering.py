@@ -146,7 +146,7 @@ def render_prompt(
         messages: The conversation so far. An assistant message may carry `metadata`, the name of a tool.
         tools: As in a record.
         prompt_format: "multi-turn" is the history and an open `<|assistant|>` (the reply starts with its
-            metadata line, see `parse_reply`); "input-output" is the last user message's text alone.
+            metadata line); "input-output" is the last user message's text alone.
 
     Raises:
         ValueError: The format is unknown, or "input-output" has no user message.
@@ -162,22 +162,6 @@ def render_prompt(
     if not questions:
         raise ValueError(f"prompt_format input-output needs a user message, got {[m['role'] for m in messages]}")
     return _start_ids(tokenizer) + tokenizer.encode_text(questions[-1])
-
-
-def parse_reply(text: str) -> tuple[str, str]:
-    """Splits what the model wrote after `<|assistant|>` into metadata and content.
-
-    Args:
-        text: Its first line is the metadata: empty for a plain reply, else the name of a called tool.
-
-    Returns:
-        (metadata, content). A text of a single line is a plain reply.
-    """
-    first_line, newline, rest = text.partition("\n")
-    metadata = first_line.strip() if newline else ""
-    if not metadata:
-        return "", text.strip()
-    return metadata, rest.strip("\n")
 
 
 def _start_ids(tokenizer: ChatTokenizer) -> list[int]:
