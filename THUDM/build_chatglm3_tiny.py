@@ -1,6 +1,6 @@
 """Builds the embedded default `THUDM/chatglm3-tiny`: vocabulary, weights and model card, from the facts alone.
 
-    python THUDM/build_chatglm3_tiny.py --output THUDM/chatglm3-tiny      # about 20 minutes on 2 CPU cores
+    python THUDM/build_chatglm3_tiny.py --output THUDM/chatglm3-tiny      # about 12 minutes on 2 CPU cores
     python THUDM/build_chatglm3_tiny.py --show 5                          # print documents of the corpus
 
 The model reads its facts as cards, tables, prose, plain questions and answers, dialogues and quizzes
@@ -42,8 +42,8 @@ model for any other purpose.
   gaps to fill, plain questions and answers, scripts, stories and quizzes. No role token, and no wording of the
   templates in `data_processing/templates`.
 - **What it knows**: {columns} of the {pokemon} Pokémon of the first generation. Nothing else.
-- **What it does not do by itself**: answer in the conversation format. P-Tuning teaches that; `bash
-  scripts/quickstart.sh` shows the difference.
+- **What it does not do by itself**: answer in the conversation format. P-Tuning teaches that;
+  `bash scripts/quickstart.sh` shows the difference.
 - **How it was built**: `{command}`; {steps} steps of {batch_tokens} tokens ({precision}),
   {minutes:.0f} minutes on {threads} cores. `--show 10` prints documents of its corpus.
 - **Licence**: Apache-2.0, the project's own work. The weights of ChatGLM3-6B have a licence of their own.
@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=HERE / "chatglm3-tiny", help="folder to write")
-    parser.add_argument("--steps", type=int, default=5000, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of the corpus and of the first weights")
     parser.add_argument("--threads", type=int, help="processor threads (default: PyTorch's choice)")
     parser.add_argument("--precision", choices=["bf16", "fp32"], help="default: bf16 where the processor has it")

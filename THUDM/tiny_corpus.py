@@ -135,8 +135,8 @@ class CorpusGenerator:
     def new_style(self) -> None:
         """Choose the wordings of the next document: most keep to one label and one sentence form a column.
 
-        A model that reads such documents takes the style from what stands before, and a prefix can set it. Trained on
-        documents that change their wording at every sentence, it needed twice the P-Tuning steps.
+        Where the wording changed at every sentence, nothing before a sentence would tell how it goes on. Here the style
+        can be taken from the context, which is what a prefix acts through.
         """
         self.labels = {column: self.random.choice(wording.labels) for column, wording in COLUMNS.items()}
         general = self.random.choice(GENERAL_STATEMENTS)
