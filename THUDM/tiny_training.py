@@ -43,8 +43,8 @@ def first_weights(pieces: int, vocabulary: int, seed: int) -> ChatGLM3ForCausalL
         vocabulary: rows of the embedding.
         seed: of the weights.
 
-    The linear layers start at 1/√inputs. At the 0.02 that is usual for wide models, this narrow one had recalled next to
-    nothing (9 %) after 500 steps on all names, and had not begun to look names up after 900.
+    The linear layers start at 1/√inputs. At the 0.02 that is usual for wide models, this narrow one recalled next to
+    nothing (9 %) after 500 steps on all names and had not begun to look names up after 900.
     """
     torch.manual_seed(seed)
     model = ChatGLM3ForCausalLM(ChatGLM3Config(padded_vocab_size=vocabulary, **ARCHITECTURE))
