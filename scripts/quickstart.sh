@@ -23,9 +23,10 @@ BASE_MODEL_PATH=${BASE_MODEL_PATH:-THUDM/chatglm3-tiny}
 TEMPLATE=${TEMPLATE:-data_processing/templates/pokemon_kanto.yaml}
 OUTPUT_DIR=${OUTPUT_DIR:-output/quickstart}
 PRE_SEQ_LEN=${PRE_SEQ_LEN:-64}
-LR=${LR:-2e-2}
-MAX_STEP=${MAX_STEP:-500}
-DEV_BATCH_SIZE=${DEV_BATCH_SIZE:-16}
+# Found by trial on the tiny model: many small steps, and a larger LR than the 2e-2 that suits models of 6B.
+LR=${LR:-0.15}
+MAX_STEP=${MAX_STEP:-600}
+DEV_BATCH_SIZE=${DEV_BATCH_SIZE:-4}
 INIT_STD=${INIT_STD:-0.5}
 EVAL_QUESTIONS=${EVAL_QUESTIONS:-300}
 SEED=${SEED:-42}
@@ -58,6 +59,7 @@ run() {
 }
 
 cd "$REPOSITORY"
+export HF_HUB_OFFLINE=1 # nothing is downloaded from a model hub
 step "Environment"
 use_environment requirements.txt
 echo "$("$python" --version), $python"
@@ -87,7 +89,7 @@ run "$python" finetune_chatmodel_demo/finetune.py --train_format multi-turn --tr
     --model_name_or_path "$BASE_MODEL_PATH" --output_dir "$OUTPUT_DIR/prefix" \
     --pre_seq_len "$PRE_SEQ_LEN" --prefix_init_std "$INIT_STD" --max_seq_length 512 \
     --per_device_train_batch_size "$DEV_BATCH_SIZE" --learning_rate "$LR" --lr_scheduler_type cosine \
-    --max_steps "$MAX_STEP" --save_steps "$MAX_STEP" --logging_steps 20 --seed "$SEED" "$@"
+    --max_steps "$MAX_STEP" --save_steps "$MAX_STEP" --logging_steps 50 --seed "$SEED" "$@"
 
 step "A chat: one conversation, whose questions are piped in"
 printf '%s\n' '妙蛙种子是什么属性？' '它的弱点是什么？' '请告诉我它的身高。' | tee "$OUTPUT_DIR/questions.txt"
