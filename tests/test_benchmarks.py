@@ -85,18 +85,30 @@ def test_sides_start_alike_and_checkpoint():
 
 def test_decoding_report(tmp_path):
     output = tmp_path / "decoding.json"
-    arguments = [*SMALL, "--prompt_tokens", "6", "--new_tokens", "4", "--pairs", "3", "--output", str(output)]
+    arguments = [*SMALL, "--prompt_tokens", "6", "--new_tokens", "4", "--replies", "3", "--output", str(output)]
     report = bench_decoding.main(arguments)
     assert json.loads(output.read_text(encoding="utf-8")) == report
     results = report["results"]
     assert set(results) == {"with_prefix", "without_prefix", "overhead_of_prefix", "replies_differ"}
     for name in ("with_prefix", "without_prefix"):
-        assert results[name]["tokens_per_second"]["count"] == 3
-        assert results[name]["tokens_per_second"]["min"] > 0
+        assert results[name]["milliseconds_of_a_token"]["count"] == 3 * (4 - 1)
+        assert results[name]["milliseconds_to_first_token"]["count"] == 3
+        assert results[name]["tokens_per_second"] > 0
     assert results["replies_differ"]
     assert report["settings"]["new_tokens"] == 4
     overhead = results["overhead_of_prefix"]
-    assert overhead["is_kept"] == (overhead["median_token_wall"]["median"] <= overhead["promised_at_most"] == 0.03)
+    assert overhead["is_kept"] == (overhead["token_wall"]["median"] <= overhead["promised_at_most"] == 0.03)
+
+
+def test_decoding_writes_what_generate_writes():
+    model = ModelSize(2, 128, 96, 256, 8).build().eval()
+    prompt = bench_decoding.make_prompt(9, model)
+    with_prefix, without_prefix = bench_decoding.write_replies(model, prompt, 6)
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert with_prefix.token_ids == model.generate(prompt, **options)[0, 9:].tolist()
+    with model.prefix_disabled():
+        assert without_prefix.token_ids == model.generate(prompt, **options)[0, 9:].tolist()
+    assert with_prefix.token_ids != without_prefix.token_ids
 
 
 def test_statistics():
@@ -109,12 +121,10 @@ def test_statistics():
         choose_by_length([1, 2], 9)
 
 
-@pytest.mark.parametrize("program", ["bench_training.py", "bench_decoding.py"])
-def test_bad_numbers_are_refused(program, capsys):
+@pytest.mark.parametrize("program, flag", [(bench_training, "--repeats"), (bench_decoding, "--replies")])
+def test_bad_numbers_are_refused(program, flag, capsys):
     with pytest.raises(SystemExit):
-        {"bench_training.py": bench_training, "bench_decoding.py": bench_decoding}[program].main(
-            ["--repeats" if program == "bench_training.py" else "--pairs", "0"]
-        )
+        program.main([flag, "0"])
     assert "at least" in capsys.readouterr().err
 
 
