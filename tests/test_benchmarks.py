@@ -104,7 +104,7 @@ def test_decoding_writes_what_generate_writes():
     model = ModelSize(2, 128, 96, 256, 8).build().eval()
     prompt = bench_decoding.make_prompt(9, model)
     with_prefix, without_prefix = bench_decoding.write_replies(model, prompt, 6)
-    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     assert with_prefix.token_ids == model.generate(prompt, **options)[0, 9:].tolist()
     with model.prefix_disabled():
         assert without_prefix.token_ids == model.generate(prompt, **options)[0, 9:].tolist()
