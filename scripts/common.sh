@@ -4,6 +4,11 @@ set -euo pipefail
 
 REPOSITORY=$(CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
+# Where no environment is active, the one that quickstart.sh made is used, if it did.
+if [[ -z ${VIRTUAL_ENV:-}${CONDA_PREFIX:-}${PYTHON:-} && -x $REPOSITORY/.venv/bin/python ]]; then
+    PATH=$REPOSITORY/.venv/bin:$PATH
+fi
+
 # The original's scripts spell this knob GRAD_ACCUMULARION_STEPS; both spellings count.
 GRAD_ACCUMULATION_STEPS=${GRAD_ACCUMULATION_STEPS:-${GRAD_ACCUMULARION_STEPS:-}}
 

@@ -101,6 +101,18 @@ def recorder(tmp_path) -> Recorder:
     return Recorder(tmp_path)
 
 
+def test_the_quickstarts_environment_is_used_where_none_is_active(recorder):
+    programs = recorder.repository / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    (programs / "python").write_text("#!/bin/sh\necho the python of .venv\n")
+    (programs / "python").chmod(0o755)
+    script = "finetune_ps_pt_m.sh"
+    assert "the python of .venv" in recorder.run(script).stdout
+    for active in ("VIRTUAL_ENV", "CONDA_PREFIX"):
+        assert "the python of .venv" not in recorder.run(script, **{active: "/somewhere"}).stdout
+    assert "the python of .venv" not in recorder.run(script, PYTHON=recorder.folder / "bin" / "python").stdout
+
+
 @pytest.mark.parametrize("script", DEFAULTS)
 def test_defaults_are_the_originals(recorder, script):
     launcher, given = recorder.command(script)
