@@ -300,7 +300,15 @@ def test_leaving_a_reply_early_stops_the_thread_and_keeps_what_was_said(tokenize
     assert session.history == [turn("user", "一"), turn("assistant", "火水")]
 
 
-def test_ctrl_c_while_the_thread_starts_still_stops_it(model, tokenizer, monkeypatch):
+@pytest.fixture
+def python_handles_ctrl_c():
+    """Started in the background of a shell, a program inherits that SIGINT is ignored; so may these tests."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+def test_ctrl_c_while_the_thread_starts_still_stops_it(model, tokenizer, monkeypatch, python_handles_ctrl_c):
     start = threading.Thread.start
 
     def start_interrupted(thread):
