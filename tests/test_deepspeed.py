@@ -1,5 +1,6 @@
 """The ds scripts' way of training, DeepSpeed ZeRO-2 on two processes of the CPU, against one process without it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -17,33 +18,28 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.slow
 
 
+def run_script(name: str, *flags: object, **knobs: object) -> None:
+    """Runs a ds script with two processes on the CPU."""
+    pytest.importorskip("deepspeed")
+    knobs |= {"NUM_GPUS": 2, "LR": 1e-3, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": 1}
+    knobs["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, **{name: str(value) for name, value in knobs.items()}}
+    command = [REPOSITORY / "scripts" / name, "--use_cpu", *flags]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny_folder):
     """Folders of the base model, of a run with two processes and ZeRO-2, and of one with neither."""
-    pytest.importorskip("deepspeed")
     folder = tmp_path_factory.mktemp("deepspeed")
     model = make_model(folder / "model", tiny_folder)
     data = write_conversations(folder / "train.jsonl")
-    knobs = {
-        "NUM_GPUS": 2,
-        "DEV_BATCH_SIZE": 2,
-        "GRAD_ACCUMULARION_STEPS": 2,
-        "SAVE_INTERVAL": 2,
-        "LR": 1e-3,
-        "BASE_MODEL_PATH": model,
-        "DATASET_PATH": data,
-        "OUTPUT_DIR": folder / "two",
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": 1,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
-    environment = {**os.environ, **{name: str(value) for name, value in knobs.items()}}
-    command = [REPOSITORY / "scripts" / "finetune_ds_multiturn.sh", "--use_cpu"]
-    command += ["--train_sampling_strategy", "random", "--lr_scheduler_type", "constant", "--validation_file", data]
+    knobs = {"DEV_BATCH_SIZE": 2, "GRAD_ACCUMULARION_STEPS": 2, "SAVE_INTERVAL": 2}
+    knobs |= {"BASE_MODEL_PATH": model, "DATASET_PATH": data, "OUTPUT_DIR": folder / "two"}
+    flags = ["--train_sampling_strategy", "random", "--lr_scheduler_type", "constant", "--validation_file", data]
     for steps in ("2", "4"):  # the second call continues the first
-        environment["MAX_STEP"] = steps
-        run = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+        run_script("finetune_ds_multiturn.sh", *flags, MAX_STEP=steps, **knobs)
     options = {
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 4,
@@ -83,3 +79,18 @@ def test_checkpoints_are_whole(runs):
     names = {path.name for path in two.iterdir()}
     assert {"checkpoint-2", "checkpoint-4", "train.log", "training_loss.png"} <= names
     assert not [name for name in names if name.startswith(".partial")]
+
+
+def test_prompts_and_responses_train_on_two_processes(tmp_path, tiny_folder):
+    model = make_model(tmp_path / "model", tiny_folder)
+    data = tmp_path / "pairs.jsonl"
+    pairs = [{"prompt": f"宝可梦{i}", "response": "草属性" * (i % 3 + 1)} for i in range(12)]
+    data.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8")
+    folders = {"BASE_MODEL_PATH": model, "DATASET_PATH": data, "OUTPUT_DIR": tmp_path / "out"}
+    run_script("finetune_ds.sh", DEV_BATCH_SIZE=2, MAX_STEP=6, **folders)
+    log = losses(tmp_path / "out")
+    assert len(log) == 6 and log[-1] < log[0]
+    base, trained = load_model(model).state_dict(), load_model(tmp_path / "out").state_dict()
+    assert [name for name in base if torch.equal(base[name], trained[name]) and "k_proj.bias" not in name] == []
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert config["prompt_format"] == "input-output"
