@@ -25,7 +25,7 @@ OUTPUT_DIR=${OUTPUT_DIR:-output/quickstart}
 PRE_SEQ_LEN=${PRE_SEQ_LEN:-64}
 # Found by trial on the tiny model: many small steps, and a larger LR than the 2e-2 that suits models of 6B.
 LR=${LR:-0.15}
-MAX_STEP=${MAX_STEP:-600}
+MAX_STEP=${MAX_STEP:-900}
 DEV_BATCH_SIZE=${DEV_BATCH_SIZE:-4}
 INIT_STD=${INIT_STD:-0.5}
 EVAL_QUESTIONS=${EVAL_QUESTIONS:-300}
