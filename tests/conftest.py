@@ -38,3 +38,11 @@ def tiny_folder() -> Path:
     folder = REPOSITORY / "THUDM" / "chatglm3-tiny"
     assert (folder / "tokenizer.model").is_file(), f"{folder} is incomplete: no tokenizer.model"
     return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_folder: Path):
+    """The embedded default's tokenizer."""
+    from finetune_chatmodel_demo.chatglm3 import load_tokenizer
+
+    return load_tokenizer(tiny_folder)

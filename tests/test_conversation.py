@@ -253,7 +253,9 @@ def test_validation_of_input_output_records():
 
 
 def test_null_stands_for_an_absent_option():
-    validate_conversation(conversation(message("user", "x", loss=None, metadata=None), tools=None), "x")
+    record = conversation(message("user", "x", loss=None, metadata=None), tools=None)
+    validate_conversation(record, "x")
+    assert render_conversation(TOKENIZER, record) == render_conversation(TOKENIZER, conversation(message("user", "x")))
 
 
 def test_bad_records_are_skipped_and_counted(tmp_path):

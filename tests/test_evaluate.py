@@ -6,7 +6,7 @@ import pytest
 from generation_helpers import build_prefix_folder, build_random_folder
 
 from finetune_chatmodel_demo import evaluate
-from finetune_chatmodel_demo.chatglm3 import load_model, load_tokenizer
+from finetune_chatmodel_demo.chatglm3 import load_model
 from finetune_chatmodel_demo.conversation.rendering import render_prompt
 from finetune_chatmodel_demo.generation.batch import generate_batch
 from finetune_chatmodel_demo.generation.exact_match import (
@@ -27,11 +27,6 @@ def message(role, content, **keys):
 def write_records(path, records):
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
     return path
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_folder):
-    return load_tokenizer(tiny_folder)
 
 
 @pytest.fixture(scope="module")

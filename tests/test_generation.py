@@ -15,18 +15,13 @@ from generation_helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune_chatmodel_demo.chatglm3 import load_model, load_tokenizer
+from finetune_chatmodel_demo.chatglm3 import load_model
 from finetune_chatmodel_demo.conversation.rendering import render_prompt
 from finetune_chatmodel_demo.generation.batch import BatchReply, generate_batch, generate_replies
 from finetune_chatmodel_demo.generation.prompts import PromptTooLongError, drop_oldest_turn, fit_prompt
 from finetune_chatmodel_demo.generation.replies import ReplyReader, find_tool_name, read_reply
 from finetune_chatmodel_demo.generation.session import ChatSession, build_settings
 from finetune_chatmodel_demo.generation.streaming import stream_ids
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_folder):
-    return load_tokenizer(tiny_folder)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import torch
 from generation_helpers import PREFIX_LENGTH, build_prefix_folder, build_random_folder, greedy_without_cache
 
 from finetune_chatmodel_demo import inference
-from finetune_chatmodel_demo.chatglm3 import load_model, load_tokenizer
+from finetune_chatmodel_demo.chatglm3 import load_model
 from finetune_chatmodel_demo.conversation.rendering import render_prompt
 from finetune_chatmodel_demo.generation import loading
 from finetune_chatmodel_demo.generation.errors import UsageError, run_and_explain
@@ -27,11 +27,6 @@ from finetune_chatmodel_demo.generation.terminal import HELP, TerminalChat
 
 SCRIPT = Path(inference.__file__)
 QUESTION = "皮卡丘是什么属性？"
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_folder):
-    return load_tokenizer(tiny_folder)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from finetune_chatmodel_demo import inspect_data
-from finetune_chatmodel_demo.chatglm3 import load_tokenizer
 from finetune_chatmodel_demo.conversation import build_dataset, render_conversation, render_input_output
 from finetune_chatmodel_demo.conversation.viewing import format_row, token_texts
 
@@ -21,11 +20,6 @@ RECORDS = [
     {"conversations": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
     for question, answer in (("皮卡丘<|user|>？", "电属性。\n<b>完"), ("妙蛙种子？", "草。"), ("小火龙？", "火。"))
 ]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_folder):
-    return load_tokenizer(tiny_folder)
 
 
 @pytest.fixture

@@ -41,11 +41,6 @@ ROLE_TOKENS = ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tiny_folder: Path) -> ChatGLMTokenizer:
-    return load_tokenizer(tiny_folder)
-
-
-@pytest.fixture(scope="module")
 def model(tiny_folder: Path) -> ChatGLM3ForCausalLM:
     return load_model(tiny_folder)
 
