@@ -14,7 +14,8 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from finetune_chatmodel_demo.training.arguments import SettingsError, build_parser, parse_given, quick_help
+from finetune_chatmodel_demo.training.arguments import SettingsError
+from finetune_chatmodel_demo.training.command_line import build_parser, parse_given, quick_help
 
 INTERRUPTED = 130
 OUT_OF_MEMORY_HINT = (

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from training_helpers import losses, make_model, write_conversations
 
-from finetune_chatmodel_demo.training.arguments import parse_given
+from finetune_chatmodel_demo.training.command_line import parse_given
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEMO = REPOSITORY / "finetune_chatmodel_demo"

@@ -16,7 +16,8 @@ from training_helpers import flags, losses, make_model, read_log, train, write_c
 from finetune_chatmodel_demo import finetune
 from finetune_chatmodel_demo.chatglm3 import load_model, load_tokenizer, prefix, read_prefix_config
 from finetune_chatmodel_demo.training import checkpoints, trainer, workflow
-from finetune_chatmodel_demo.training.arguments import SettingsError, parse_given
+from finetune_chatmodel_demo.training.arguments import SettingsError
+from finetune_chatmodel_demo.training.command_line import parse_given
 from finetune_chatmodel_demo.training.callbacks import StuckLossWarning
 from finetune_chatmodel_demo.training.sampling import LengthGroupedBatches
 from finetune_chatmodel_demo.training.settings import FULL, P_TUNING, decide_settings

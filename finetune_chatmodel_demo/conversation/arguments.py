@@ -7,6 +7,15 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+AT_LEAST_ONE = (
+    "max_samples",
+    "buffer_size",
+    "max_seq_length",
+    "max_source_length",
+    "max_target_length",
+    "preprocessing_num_workers",
+)
+
 
 @dataclass
 class DataArguments:
@@ -18,7 +27,41 @@ class DataArguments:
     )
     train_file: str | None = field(default=None, metadata={"help": "Training records: JSON array or JSON lines."})
     validation_file: str | None = field(default=None, metadata={"help": "Validation records, same format."})
-    max_seq_length: int = field(default=2048, metadata={"help": "Most tokens of a multi-turn row."})
+    dataset: str | None = field(
+        default=None, metadata={"help": "Data sets of the registry, a,b,c: in place of --train_file."}
+    )
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "Data sets of the registry to validate on: in place of --validation_file."}
+    )
+    dataset_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder with dataset_info.json; default: data, else the registry that comes along."},
+    )
+    template: Literal["chatglm3", "default", "raw"] = field(
+        default="chatglm3",
+        metadata={"help": "How conversations become text: chatglm3 (role tokens), default (base models), raw."},
+    )
+    max_samples: int | None = field(default=None, metadata={"help": "Most records of each data set."})
+    val_size: float = field(
+        default=0.0, metadata={"help": "Split off for validation: a share below 1, or a number of rows."}
+    )
+    mix_strategy: Literal["concat", "interleave_under", "interleave_over"] = field(
+        default="concat",
+        metadata={"help": "Several data sets: one after the other, or drawn in turn until the first / the last ends."},
+    )
+    interleave_probs: str | None = field(
+        default=None, metadata={"help": "interleave_*: the data sets' probabilities, e.g. 0.7,0.3; default: equal."}
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "Read rows while training, for data that memory cannot hold; --max_steps."}
+    )
+    buffer_size: int = field(default=16384, metadata={"help": "--streaming: rows among which the order is random."})
+    allow_dataset_scripts: bool = field(
+        default=False, metadata={"help": "Run the Python program that a data set's script_url names."}
+    )
+    max_seq_length: int = field(
+        default=2048, metadata={"help": "Most tokens of a row (but see the next two); also --cutoff_len."}
+    )
     max_source_length: int = field(default=1024, metadata={"help": "input-output: most tokens of the prompt."})
     max_target_length: int = field(default=128, metadata={"help": "input-output: most tokens of the response."})
     preprocessing_num_workers: int | None = field(
@@ -33,10 +76,12 @@ class DataArguments:
     )
 
     def __post_init__(self):
-        for name in ("max_seq_length", "max_source_length", "max_target_length", "preprocessing_num_workers"):
+        for name in AT_LEAST_ONE:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
+        if self.val_size < 0:
+            raise ValueError(f"--val_size must be a share below 1 or a number of rows, got {self.val_size}")
 
     def dataset_options(self) -> dict[str, Any]:
         """The keywords of `build_dataset` besides format, path and tokenizer."""

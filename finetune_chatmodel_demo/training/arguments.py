@@ -1,20 +1,13 @@
-"""finetune.py's command line: the original demo's flags, all of `TrainingArguments`, or one JSON/YAML file.
+"""The flags of a run that are this project's own, in groups; `command_line` parses them, `settings` decides.
 
-    python finetune_chatmodel_demo/finetune.py --help
-
-Only what was given is returned, so that `settings` can choose the defaults by method and by device. Flags that
-transformers has dropped or renamed since the original demo are translated, or named with what to use instead.
+Names and defaults are the original demo's for the prefix, and LLaMA-Factory's for methods and stages, unless a comment
+gives another source.
 """
 
-import argparse
-import difflib
-import json
-from dataclasses import MISSING, dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field
+from typing import Literal
 
-from finetune_chatmodel_demo.conversation.arguments import DataArguments
-
-CONFIG_FILE_ENDINGS = (".json", ".yaml", ".yml")
+GROUP_BY_LENGTH = "group_by_length"
 
 
 class SettingsError(ValueError):
@@ -23,7 +16,7 @@ class SettingsError(ValueError):
 
 @dataclass
 class ModelArguments:
-    """Which model is trained, and how much of it."""
+    """Which model is trained, and what its prefix is like."""
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Folder of the base model, e.g. THUDM/chatglm3-6b."}
@@ -32,8 +25,7 @@ class ModelArguments:
         default=None, metadata={"help": "Prefix checkpoint to start from (a folder), instead of a random prefix."}
     )
     pre_seq_len: int | None = field(
-        default=None,
-        metadata={"help": "Prefix length: trains a P-Tuning v2 prefix. Without it, all parameters are trained."},
+        default=None, metadata={"help": "Prefix length; given, the method is ptuning. Default of ptuning: 128."}
     )
     prefix_projection: bool = field(
         default=False, metadata={"help": "Compute the prefix with an MLP instead of storing it."}
@@ -43,197 +35,87 @@ class ModelArguments:
     )
     quantization_bit: int | None = field(
         default=None,
-        metadata={"help": "Load the base model in 4 or 8 bits (P-Tuning v2 only).", "choices": [4, 8]},
+        metadata={"help": "Load the base model in 4 or 8 bits (ptuning and lora).", "choices": [4, 8]},
     )
 
 
 @dataclass
+class MethodArguments:
+    """Which parameters are trained."""
+
+    finetuning_type: Literal["ptuning", "lora", "freeze", "full"] | None = field(
+        default=None,
+        metadata={"help": "What is trained; default: ptuning with --pre_seq_len or --ptuning_checkpoint, else full."},
+    )
+    adapter_name_or_path: str | None = field(
+        default=None, metadata={"help": "LoRA adapter to start from (a folder), instead of a new one."}
+    )
+    lora_rank: int = field(default=8, metadata={"help": "Rank of a new LoRA adapter."})
+    lora_alpha: int | None = field(default=None, metadata={"help": "LoRA's scale × rank; default: 2 × --lora_rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout in front of a LoRA adapter."})
+    lora_target: str = field(
+        default="all",
+        metadata={"help": "Modules with an adapter, a,b,c, in transformers' or the original's names; all: every one."},
+    )
+    additional_target: str | None = field(
+        default=None, metadata={"help": "Modules trained in full and saved with the adapter, a,b,c."}
+    )
+    use_rslora: bool = field(default=False, metadata={"help": "Scale LoRA by alpha / √rank (arXiv:2312.03732)."})
+    use_dora: bool = field(default=False, metadata={"help": "Weight-decomposed LoRA (arXiv:2402.09353)."})
+    freeze_trainable_layers: int = field(
+        default=2, metadata={"help": "freeze: the last N layers are trained; a negative N: the first."}
+    )
+    freeze_trainable_modules: str = field(
+        default="all", metadata={"help": "freeze: modules of these layers that are trained, a,b,c; all: every one."}
+    )
+    freeze_extra_modules: str | None = field(
+        default=None, metadata={"help": "freeze: modules outside of the layers that are trained as well, a,b,c."}
+    )
+
+
+@dataclass
+class StageArguments:
+    """What the model learns from: text, answers, preferences or a reward."""
+
+    stage: Literal["pt", "sft", "rm", "dpo", "ppo"] = field(
+        default="sft",
+        metadata={"help": "pt: text, sft: answers, rm: a reward model, dpo: preferences, ppo: a reward."},
+    )
+    ref_model: str | None = field(
+        default=None,
+        metadata={"help": "dpo, ppo: folder of the reference model; default: the model as it is before training."},
+    )
+    pref_beta: float = field(default=0.1, metadata={"help": "dpo: weight of the reference (arXiv:2305.18290)."})
+    pref_loss: Literal["sigmoid", "hinge", "ipo"] = field(default="sigmoid", metadata={"help": "dpo: the loss."})
+    pref_ftx: float = field(default=0.0, metadata={"help": "dpo: weight of the chosen answers' sft loss."})
+    dpo_label_smoothing: float = field(
+        default=0.0, metadata={"help": "dpo: share of preferences taken to be wrong, below 0.5."}
+    )
+    reward_model: str | None = field(
+        default=None, metadata={"help": "ppo: result of --stage rm, a folder (a model, or an adapter)."}
+    )
+    reward_function: str | None = field(
+        default=None, metadata={"help": "ppo: FILE.py:NAME, a function of prompts and answers, as the reward."}
+    )
+
+
+@dataclass
+class GenerationArguments:
+    """How --do_predict and ppo write answers."""
+
+    max_new_tokens: int = field(default=512, metadata={"help": "Most tokens of an answer."})
+    do_sample: bool = field(default=False, metadata={"help": "--do_predict: draw tokens; default: take the likeliest."})
+    temperature: float = field(default=0.95, metadata={"help": "Of drawn tokens."})
+    top_p: float = field(default=0.7, metadata={"help": "Draw from the likeliest tokens that share this probability."})
+    top_k: int = field(default=50, metadata={"help": "Draw from this many tokens; 0: all."})
+
+
+@dataclass
 class RunArguments:
-    """What `TrainingArguments` once had."""
+    """What `TrainingArguments` does not have, or no longer."""
 
     overwrite_output_dir: bool = field(
         default=False,
         metadata={"help": "Start anew although --output_dir holds checkpoints of an earlier run; removes them."},
     )
-
-
-RENAMED = {
-    "evaluation_strategy": "eval_strategy",
-    "no_cuda": "use_cpu",
-    "per_gpu_train_batch_size": "per_device_train_batch_size",
-    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
-    "warmup_ratio": "warmup_steps",
-}
-WITHOUT_EFFECT = {
-    "overwrite_cache": "nothing is cached",
-    "pad_to_max_length": "rows are padded to the longest of their batch",
-    "use_fast_tokenizer": "there is one tokenizer",
-    "save_safetensors": "a prefix is saved in both formats, a whole model as safetensors",
-    "predict_with_generate": "use evaluate.py",
-    "include_tokens_per_second": "the log always has tokens per second",
-    "logging_dir": "the log is trainer_state.json in --output_dir",
-}
-REPLACED = {
-    "tokenizer_name": "the tokenizer is read from --model_name_or_path",
-    "config_name": "the configuration is read from --model_name_or_path",
-    "cache_dir": "give a folder as --model_name_or_path",
-    "model_revision": "give a folder as --model_name_or_path",
-    "use_auth_token": "give a folder as --model_name_or_path",
-    "resize_position_embeddings": "rotary positions need no resizing",
-    "max_train_samples": "shorten --train_file instead",
-    "fp16_opt_level": "use --fp16 or --bf16",
-    "half_precision_backend": "use --fp16 or --bf16",
-    "use_mps_device": "use --use_cpu to keep off an accelerator",
-}
-GROUP_BY_LENGTH = "group_by_length"
-
-COMMON_TRAINER_FLAGS = """\
-the flags of transformers' TrainingArguments that are used most (--help_all lists every one):
-  --output_dir DIR                   where checkpoints, the log, the loss curve and the result go
-  --learning_rate LR                 default: 2e-2 for P-Tuning v2, 1e-4 for all parameters
-  --per_device_train_batch_size N    rows of a batch on each device
-  --gradient_accumulation_steps N    batches of an optimizer step
-  --max_steps N | --num_train_epochs N
-  --warmup_steps N                   steps, or a share below 1 (default 0.03)
-  --save_steps N --save_total_limit N --logging_steps N (default 10)
-  --eval_strategy steps|epoch --eval_steps N
-                                     with --validation_file (default: at each checkpoint)
-  --resume_from_checkpoint True|DIR  True: the newest whole checkpoint in --output_dir
-  --bf16 / --fp16                    default: bf16 where the hardware has it, float32 on a CPU
-  --gradient_checkpointing BOOL      default: on where there is a GPU
-  --train_sampling_strategy NAME     default: group_by_length
-  --deepspeed FILE                   e.g. finetune_chatmodel_demo/configs/ds_zero2.json (all parameters)
-  --seed N"""
-
-
-def quick_help() -> str:
-    """Returns the help text of the own flags, without importing transformers."""
-    parser = argparse.ArgumentParser(
-        prog="finetune.py",
-        usage="finetune.py [SETTINGS.json|SETTINGS.yaml] [--flag value ...]",
-        description="Fine-tunes a ChatGLM3: a P-Tuning v2 prefix with --pre_seq_len, else all parameters.",
-        epilog=COMMON_TRAINER_FLAGS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    for title, arguments in (("model", ModelArguments), ("data", DataArguments), ("run", RunArguments)):
-        group = parser.add_argument_group(title)
-        for item in fields(arguments):
-            text = item.metadata.get("help", "")
-            if item.default is not MISSING and item.default is not None:
-                text += f" Default: {item.default}."
-            group.add_argument(f"--{item.name}", metavar="X", help=text.replace("%", "%%"))
-    return parser.format_help()
-
-
-def parse_given(argv: list[str]) -> tuple[dict[str, object], list[str]]:
-    """Parses the command line.
-
-    Args:
-        argv: flags; a JSON or YAML file may stand first (alone, as in the original demo, or with flags that
-            override it).
-
-    Returns:
-        The options that were given, converted to their types, and notices about flags of older versions.
-
-    Raises:
-        SettingsError: for an unknown flag or a value that cannot be converted.
-    """
-    if argv and not argv[0].startswith("-") and argv[0].endswith(CONFIG_FILE_ENDINGS):
-        argv = _flags_of_file(Path(argv[0])) + argv[1:]
-    argv, notices = translate_old_flags(argv)
-    parser = build_parser()
-    values, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise SettingsError(_describe_unknown(unknown[0], parser))
-    return vars(values), notices
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Returns a parser of all flags that leaves out of its result what was not given."""
-    from transformers import HfArgumentParser, TrainingArguments
-
-    class Parser(HfArgumentParser):
-        def error(self, message: str) -> None:
-            raise SettingsError(message)
-
-    arguments = (ModelArguments, DataArguments, RunArguments, TrainingArguments)
-    parser = Parser(arguments, prog="finetune.py", allow_abbrev=False)
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-        action.required = False
-    return parser
-
-
-def translate_old_flags(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Rewrites flags that older versions of transformers, or the original demo, knew.
-
-    Returns:
-        The rewritten flags and a notice for each flag that has no effect here.
-
-    Raises:
-        SettingsError: for a flag that has no equivalent.
-    """
-    result: list[str] = []
-    notices: list[str] = []
-    for flag, values in _split_flags(argv):
-        name = flag.lstrip("-").replace("-", "_")
-        if name in REPLACED:
-            raise SettingsError(f"--{name} is not used here: {REPLACED[name]}")
-        if name in WITHOUT_EFFECT:
-            notices.append(f"--{name} has no effect: {WITHOUT_EFFECT[name]}")
-        elif name == GROUP_BY_LENGTH:
-            is_on = not values or values[0].lower() in ("true", "1", "yes")
-            result += ["--train_sampling_strategy", GROUP_BY_LENGTH if is_on else "random"]
-        elif name in RENAMED:
-            result += [f"--{RENAMED[name]}", *values]
-        else:
-            result += [flag, *values]
-    return result, notices
-
-
-def _split_flags(argv: list[str]) -> list[tuple[str, list[str]]]:
-    """Groups arguments by flag: `--a 1 --b=2` becomes [("--a", ["1"]), ("--b", ["2"])]."""
-    groups: list[tuple[str, list[str]]] = []
-    for item in argv:
-        if item.startswith("--"):
-            flag, equals, value = item.partition("=")
-            groups.append((flag, [value] if equals else []))
-        elif groups:
-            groups[-1][1].append(item)
-        else:
-            groups.append((item, []))
-    return groups
-
-
-def _flags_of_file(path: Path) -> list[str]:
-    """Reads a settings file as flags, so that both ways in have the same names, types and errors.
-
-    (YAML reads `2e-2` as text, for instance; as a flag's value it is a number.)
-    """
-    if not path.is_file():
-        raise SettingsError(f"the settings file {path} does not exist")
-    import yaml
-
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        settings = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise SettingsError(f"{path} cannot be read as {path.suffix[1:].upper()}: {error}") from error
-    if not isinstance(settings, dict):
-        raise SettingsError(f"{path} holds a {type(settings).__name__}; write one mapping of flag names to values")
-    flags: list[str] = []
-    for name, value in settings.items():
-        if value is None:
-            continue
-        if isinstance(value, list):
-            flags += [f"--{name}", *map(str, value)]
-        else:
-            flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
-    return flags
-
-
-def _describe_unknown(argument: str, parser: argparse.ArgumentParser) -> str:
-    known = [option for action in parser._actions for option in action.option_strings if "_" in option]
-    close = difflib.get_close_matches(argument.partition("=")[0].replace("-", "_").replace("__", "--", 1), known)
-    hint = f"; did you mean {close[0]}?" if close else "; --help_all lists every flag"
-    return f"unknown argument {argument!r}{hint}"
+    plot_loss: bool = field(default=True, metadata={"help": "Draw the loss curve into --output_dir."})
