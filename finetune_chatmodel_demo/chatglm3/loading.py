@@ -1,15 +1,22 @@
-"""The two functions with which everything else gets its tokenizer and its model."""
+"""The functions with which everything else gets its tokenizer and its model."""
 
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
 from finetune_chatmodel_demo.chatglm3.checkpoints import check_prefix, load_prefix
 from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
-from finetune_chatmodel_demo.chatglm3.modeling import ChatGLM3ForCausalLM
+from finetune_chatmodel_demo.chatglm3.modeling import ChatGLM3ForCausalLM, ChatGLM3ForSequenceClassification
 from finetune_chatmodel_demo.chatglm3.tokenizer import ChatGLMTokenizer
 
+MODEL_CLASSES = {"lm": ChatGLM3ForCausalLM, "score": ChatGLM3ForSequenceClassification}
+# A language model becomes a reward model: its own head goes, a score head comes.
+OTHER_HEADS = {
+    "lm": {},
+    "score": {"missing_keys": {"score.weight", "score.bias"}, "unexpected_keys": {"lm_head.weight"}},
+}
 DOWNLOAD_HINT = "THUDM/README.md says how to get the weights and how to check them."
 
 
@@ -32,7 +39,8 @@ def load_model(
     quantization_bit: int | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
-) -> ChatGLM3ForCausalLM:
+    head: Literal["lm", "score"] = "lm",
+) -> ChatGLM3ForCausalLM | ChatGLM3ForSequenceClassification:
     """A ChatGLM3 in evaluation mode, with a prefix if asked for.
 
     Args:
@@ -43,6 +51,8 @@ def load_model(
         quantization_bit: 4 (NF4) or 8 (int8): quantizes the base with bitsandbytes while loading.
         dtype: of the base; default: bfloat16 where the GPU has it, float16 on other GPUs, float32 on the CPU.
         device: default: the GPU if there is one, else the CPU.
+        head: "lm" writes text; "score" gives one number for a text (a reward model). A language model that is loaded
+            with "score" gets a new head.
 
     Raises:
         FileNotFoundError: for a folder without configuration or weights.
@@ -60,14 +70,15 @@ def load_model(
         check_prefix(pt_checkpoint, ChatGLM3Config.from_pretrained(str(path)))
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     quantization = None if quantization_bit is None else _quantization(quantization_bit, _dtype(dtype, device))
-    model, report = ChatGLM3ForCausalLM.from_pretrained(
+    model, report = MODEL_CLASSES[head].from_pretrained(
         str(path),
         dtype=_dtype(dtype, device),
         device_map={"": device} if quantization is not None else None,
         quantization_config=quantization,
         output_loading_info=True,
+        **({"num_labels": 1} if head == "score" else {}),
     )
-    _check_report(path, report)
+    _check_report(path, report, head)
     if quantization is None:
         model = model.to(device)
     if pt_checkpoint is not None:
@@ -107,12 +118,14 @@ def _quantization(bits: int, dtype: torch.dtype | str) -> BitsAndBytesConfig:
     )
 
 
-def _check_report(path: str | Path, report: dict) -> None:
+def _check_report(path: str | Path, report: dict[str, Any], head: str) -> None:
     """A model whose weights were loaded in part answers nonsense: say what is missing instead."""
     problems = []
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        keys = sorted(str(key) for key in report.get(kind) or ())
+        keys = sorted({str(key) for key in report.get(kind) or ()} - OTHER_HEADS[head].get(kind, set()))
         if keys:
             problems.append(f"{kind.replace('_', ' ')}: {', '.join(keys[:5])}{' …' if len(keys) > 5 else ''}")
+    if head == "lm" and "score.weight" in (report.get("unexpected_keys") or ()):
+        raise ValueError(f"{path} is a reward model (stage rm): it scores texts and cannot write any")
     if problems:
         raise ValueError(f"{path}: the weights do not fit config.json: {'; '.join(problems)}. {DOWNLOAD_HINT}")
