@@ -81,6 +81,8 @@ def load_model(
     _check_report(path, report, head)
     if quantization is None:
         model = model.to(device)
+    elif device.type == "cpu":
+        _keep_4bit_layout(model)
     if pt_checkpoint is not None:
         load_prefix(model, pt_checkpoint, pre_seq_len=pre_seq_len)
     elif pre_seq_len is not None:
@@ -116,6 +118,16 @@ def _quantization(bits: int, dtype: torch.dtype | str) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def _keep_4bit_layout(model: torch.nn.Module) -> None:
+    """Stops bitsandbytes from repacking 4-bit weights for AVX512 in the first forward pass without gradients.
+
+    It cannot do so for widths that are no multiple of 64, and would round an adapter's activations to bfloat16.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _check_report(path: str | Path, report: dict[str, Any], head: str) -> None:
