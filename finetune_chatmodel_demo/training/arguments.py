@@ -97,6 +97,37 @@ class StageArguments:
     reward_function: str | None = field(
         default=None, metadata={"help": "ppo: FILE.py:NAME, a function of prompts and answers, as the reward."}
     )
+    ppo_epochs: int = field(default=4, metadata={"help": "ppo: how often the answers of a rollout are learned from."})
+    ppo_buffer_size: int = field(
+        default=1, metadata={"help": "ppo: optimizer batches in a rollout; its updates: this × --ppo_epochs."}
+    )
+    ppo_score_norm: bool = field(
+        default=False, metadata={"help": "ppo: scores minus their running mean, over their running deviation."}
+    )
+    ppo_whiten_rewards: bool = field(
+        default=False, metadata={"help": "ppo: scale the rewards of a rollout's tokens to variance 1."}
+    )
+    # The KL's values are those of OpenAI's code (arXiv:1909.08593) in TRL's first PPO; the rest is TRL's last PPO's.
+    ppo_kl_coef: float = field(default=0.2, metadata={"help": "ppo: weight of the KL to the reference, at the start."})
+    ppo_adaptive_kl: bool = field(
+        default=True, metadata={"help": "ppo: move the weight until the KL is --ppo_target; False: keep it."}
+    )
+    ppo_target: float = field(default=6.0, metadata={"help": "ppo: wanted KL of an answer to the reference, in nats."})
+    ppo_kl_horizon: float = field(
+        default=10_000, metadata={"help": "ppo: answers in which the weight can move by a fifth."}
+    )
+    ppo_kl_estimator: Literal["k1", "k2", "k3"] = field(
+        default="k1", metadata={"help": "ppo: the KL of a token: log p/q, its square / 2, or q/p - 1 - log q/p."}
+    )
+    ppo_gamma: float = field(default=1.0, metadata={"help": "ppo: discount of later rewards."})
+    ppo_lam: float = field(default=0.95, metadata={"help": "ppo: λ of the advantages (arXiv:1506.02438)."})
+    ppo_cliprange: float = field(default=0.2, metadata={"help": "ppo: how far the ratio of an update counts."})
+    ppo_cliprange_value: float = field(default=0.2, metadata={"help": "ppo: how far the value of an update counts."})
+    ppo_vf_coef: float = field(default=0.1, metadata={"help": "ppo: weight of the value function's loss."})
+    ppo_value_lr: float = field(default=1e-3, metadata={"help": "ppo: learning rate of the value head."})
+    ppo_missing_eos_penalty: float = field(
+        default=0.0, metadata={"help": "ppo: taken off the score of an answer that --max_new_tokens ended."}
+    )
 
 
 @dataclass
