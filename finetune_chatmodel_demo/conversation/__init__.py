@@ -9,6 +9,7 @@ from finetune_chatmodel_demo.conversation.datasets import ConversationDataset, D
 from finetune_chatmodel_demo.conversation.records import (
     RecordError,
     RecordFile,
+    RecordSource,
     read_records,
     validate_conversation,
     validate_input_output,
@@ -30,6 +31,7 @@ __all__ = [
     "PadCollator",
     "RecordError",
     "RecordFile",
+    "RecordSource",
     "Rendering",
     "build_dataset",
     "read_records",

@@ -1,7 +1,8 @@
 """Records of a data file: read lazily, validated one by one, every fault named with file, line and key.
 
-Two kinds: `multi-turn`, `{"tools": [...]?, "conversations": [{"role", "content", "loss"?}, ...]}`, and
-`input-output`, `{"prompt", "response"}`. Other keys are ignored. Look at a file with `inspect_data.py`.
+Four kinds: `multi-turn`, `{"tools": [...]?, "conversations": [{"role", "content", "loss"?}, ...]}`; `input-output`,
+`{"prompt", "response"}`; `preference`, a conversation without its last reply and the two replies `"chosen"` and
+`"rejected"`; `text`, `{"text"}`. Other keys are ignored. Look at a file with `inspect_data.py`.
 """
 
 import difflib
@@ -13,9 +14,24 @@ from typing import Any, Literal
 
 from finetune_chatmodel_demo.conversation.json_files import JSONFile, Located, RecordError
 
-__all__ = ["RecordError", "RecordFile", "read_records", "validate_conversation", "validate_input_output"]
+__all__ = [
+    "STAGE_KINDS",
+    "RecordError",
+    "RecordFile",
+    "RecordSource",
+    "read_records",
+    "validate_conversation",
+    "validate_input_output",
+    "validate_preference",
+    "validate_record",
+    "validate_text",
+]
 
+# What each training stage reads.
+STAGE_KINDS = {"pt": "text", "sft": "multi-turn", "ppo": "multi-turn", "rm": "preference", "dpo": "preference"}
+RecordKind = Literal["multi-turn", "input-output", "preference", "text"]
 ROLES = ("system", "user", "assistant", "tool", "observation")
+REPLY_ROLES = ("assistant", "tool")
 # What other data formats call our keys and roles; spelling mistakes are found by likeness instead.
 KEY_ALIASES = {
     "conversations": ("messages", "dialogue", "dialog", "history", "chat", "turns"),
@@ -26,6 +42,9 @@ KEY_ALIASES = {
     "name": ("tool", "function"),
     "parameters": ("arguments", "args", "params"),
     "observation": ("result", "output", "response"),
+    "chosen": ("preferred", "accepted", "better", "win"),
+    "rejected": ("dispreferred", "worse", "lose"),
+    "text": ("content", "document", "body"),
 }
 ROLE_ALIASES = {
     "human": "user",
@@ -43,7 +62,7 @@ logger = logging.getLogger(__name__)
 
 def read_records(
     path: str | Path,
-    kind: Literal["multi-turn", "input-output"] = "multi-turn",
+    kind: RecordKind = "multi-turn",
     on_bad_record: Literal["error", "skip"] = "error",
 ) -> "RecordFile":
     """Opens a data file for lazy, validated reading.
@@ -58,7 +77,7 @@ def read_records(
         RecordError: While iterating: a bad record (with "error"), no good record, an unreadable file.
     """
     if kind not in REQUIRED_KEYS:
-        raise ValueError(f"kind {kind!r} is unknown; use {' or '.join(REQUIRED_KEYS)}")
+        raise ValueError(f"kind {kind!r} is unknown; use {', '.join(REQUIRED_KEYS)}")
     if on_bad_record not in ("error", "skip"):
         raise ValueError(f"on_bad_record {on_bad_record!r} is unknown; use error or skip")
     if not Path(path).is_file():
@@ -66,11 +85,15 @@ def read_records(
     return RecordFile(Path(path), kind, on_bad_record)
 
 
-class RecordFile:
-    """The validated records of one file. Iterate as often as needed; each pass reads the file anew.
+class RecordSource:
+    """The validated records of one place. Iterate as often as needed; each pass reads it anew.
+
+    A subclass yields what the place holds (`_read`), names places (`where`), and may turn a row into a record
+    (`_convert`).
 
     Attributes:
-        path: The file.
+        path: The file, or the name of what is no file.
+        kind: What the records are.
         bad_count: Bad records that the latest pass skipped.
         bad_messages: What was wrong with the first of them (at most MAX_BAD_MESSAGES).
     """
@@ -78,7 +101,6 @@ class RecordFile:
     def __init__(self, path: Path, kind: str, on_bad_record: str):
         self.path, self.kind, self.on_bad_record = path, kind, on_bad_record
         self.bad_count, self.bad_messages = 0, []
-        self._json = JSONFile(path)
         self._seen_keys: set[str] = set(KNOWN_KEYS)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -88,13 +110,14 @@ class RecordFile:
     def iterate_located(self) -> Iterator[Located]:
         """Like iterating, with the number and the line of each record."""
         self.bad_count, self.bad_messages = 0, []
-        validate = validate_conversation if self.kind == "multi-turn" else validate_input_output
         good_count = 0
-        for located in self._json.values(REQUIRED_KEYS[self.kind]):
+        for located in self._read():
+            where = self.where(located.number, located.line)
             try:
                 if located.problem is not None:
-                    raise RecordError(f"{self.where(located.number, located.line)}: {located.problem}")
-                validate(located.value, self.where(located.number, located.line))
+                    raise RecordError(f"{where}: {located.problem}")
+                record = self._convert(located.value, where)
+                validate_record(record, self.kind, where)
             except RecordError as error:
                 if self.on_bad_record == "error":
                     raise
@@ -103,26 +126,53 @@ class RecordFile:
                     self.bad_messages.append(str(error))
                 continue
             good_count += 1
-            self._warn_of_near_misses(located)
-            yield located
+            self._warn_of_near_misses(record, where)
+            yield Located(located.number, located.line, record)
         if self.bad_count and not good_count:
             raise RecordError(f"all {self.bad_count} records of {self.path} are bad; the first: {self.bad_messages[0]}")
         if not good_count:
-            raise RecordError(f"{self.path} is empty; expected {RECORD_FORMS[self.kind]}, one a line or in an array")
+            raise RecordError(f"{self.path} is empty; expected {self._expected_rows()}")
+
+    def where(self, number: int, line: int) -> str:
+        """Names the place of a record."""
+        raise NotImplementedError
+
+    def _read(self) -> Iterator[Located]:
+        raise NotImplementedError
+
+    def _convert(self, row: Any, where: str) -> Any:
+        return row
+
+    def _expected_rows(self) -> str:
+        return f"{RECORD_FORMS[self.kind]}, one a line or in an array"
+
+    def _warn_of_near_misses(self, record: dict[str, Any], where: str) -> None:
+        """An optional key that is misspelt would be ignored in silence: says so, once a key."""
+        for key in set(record).union(*record.get("conversations", ())) - self._seen_keys:
+            self._seen_keys.add(key)
+            for meant in difflib.get_close_matches(key.lower(), OPTIONAL_KEYS, n=1, cutoff=0.8):
+                logger.warning("%s: key %r is ignored; did you mean %r?", where, key, meant)
+
+
+class RecordFile(RecordSource):
+    """The validated records of one JSON file; see `RecordSource`."""
+
+    def __init__(self, path: Path, kind: str, on_bad_record: str):
+        super().__init__(path, kind, on_bad_record)
+        self._json = JSONFile(path)
 
     def where(self, number: int, line: int) -> str:
         """Names the place of a record: by its line, in an array also by its number."""
         record = f"record {number} (line {line})" if self._json.is_array else f"line {line}"
         return f"{self.path} {record}"
 
-    def _warn_of_near_misses(self, located: Located) -> None:
-        """An optional key that is misspelt would be ignored in silence: says so, once a key."""
-        messages = located.value.get("conversations", ())
-        for key in set(located.value).union(*messages) - self._seen_keys:
-            self._seen_keys.add(key)
-            for meant in difflib.get_close_matches(key.lower(), OPTIONAL_KEYS, n=1, cutoff=0.8):
-                where = self.where(located.number, located.line)
-                logger.warning("%s: key %r is ignored; did you mean %r?", where, key, meant)
+    def _read(self) -> Iterator[Located]:
+        return self._json.values(REQUIRED_KEYS[self.kind])
+
+
+def validate_record(record: Any, kind: str, where: str) -> None:
+    """Checks a record of a kind. Errors are those of `validate_conversation`."""
+    VALIDATORS[kind](record, where)
 
 
 def validate_conversation(record: Any, where: str) -> None:
@@ -151,6 +201,42 @@ def validate_input_output(record: Any, where: str) -> None:
     _require_object(record, where, RECORD_FORMS["input-output"])
     for key in ("prompt", "response"):
         _require_text(_require(record, key, str, where), key, where)
+
+
+def validate_preference(record: Any, where: str) -> None:
+    """Checks a preference record: a conversation that a reply is due to, and two different replies.
+
+    The conversation ends with a user message, or with an observation (of its own, or of a `tool` message). A reply is
+    an assistant message, or a call: a `tool` message, whose `observation` may be left out.
+
+    Arguments and errors are those of `validate_conversation`.
+    """
+    _require_object(record, where, RECORD_FORMS["preference"])
+    validate_conversation({key: record[key] for key in record if key not in ("chosen", "rejected")}, where)
+    last = record["conversations"][-1]["role"]
+    if last not in ("user", "observation", "tool"):
+        raise RecordError(
+            f"{where}: 'conversations' ends with role {last!r}; expected user or observation, since 'chosen' and "
+            "'rejected' are what follows"
+        )
+    for key in ("chosen", "rejected"):
+        reply = _require(record, key, dict, where)
+        if reply.get("role") == "tool":
+            reply = {"observation": "", **reply}
+        _validate_message(reply, f"{where}: {key}")
+        if reply["role"] not in REPLY_ROLES:
+            raise RecordError(f"{where}: {key}: role {reply['role']!r} does not reply; use assistant or tool")
+    if record["chosen"] == record["rejected"]:
+        raise RecordError(f"{where}: 'chosen' and 'rejected' are the same; there is nothing to prefer")
+
+
+def validate_text(record: Any, where: str) -> None:
+    """Checks a document: `{"text": ...}`, not empty. Arguments and errors are those of `validate_conversation`."""
+    _require_object(record, where, RECORD_FORMS["text"])
+    text = _require(record, "text", str, where)
+    if not text.strip():
+        raise RecordError(f"{where}: 'text' is empty")
+    _require_text(text, "text", where)
 
 
 def _validate_message(message: Any, where: str) -> None:
@@ -211,8 +297,19 @@ KIND_NAMES = {str: "a string", bool: "a boolean", list: "a list", dict: "an obje
 REQUIRED_KEYS = {
     "multi-turn": frozenset({"conversations"}),
     "input-output": frozenset({"prompt", "response"}),
+    "preference": frozenset({"conversations", "chosen", "rejected"}),
+    "text": frozenset({"text"}),
 }
 RECORD_FORMS = {
     "multi-turn": '{"conversations": [{"role": ..., "content": ...}, ...]}',
     "input-output": '{"prompt": ..., "response": ...}',
+    "preference": '{"conversations": [..., {"role": "user", "content": ...}], "chosen": {"role": "assistant", ...}, '
+    '"rejected": {...}}',
+    "text": '{"text": ...}',
+}
+VALIDATORS = {
+    "multi-turn": validate_conversation,
+    "input-output": validate_input_output,
+    "preference": validate_preference,
+    "text": validate_text,
 }
