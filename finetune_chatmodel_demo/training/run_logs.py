@@ -1,0 +1,249 @@
+"""The files beside a result that other programs read: `trainer_log.jsonl` and `*_results.json`.
+
+Names and keys are LLaMA-Factory's, whose users have programs that read them. Any run of `finetune.py` writes them.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from finetune_chatmodel_demo.training.checkpoints import PARTIAL_PREFIX
+
+TRAINER_LOG = "trainer_log.jsonl"
+ALL_RESULTS = "all_results.json"
+# Key of a line → the trainer's names for it; the first that an entry of the log has counts.
+LINE_KEYS = {
+    "loss": ("loss",),
+    "eval_loss": ("eval_loss",),
+    "predict_loss": ("predict_loss",),
+    "reward": ("reward",),
+    "accuracy": ("rewards/accuracies", "accuracy"),
+    "eval_accuracy": ("eval_rewards/accuracies", "eval_accuracy"),
+    "lr": ("learning_rate",),
+    "epoch": ("epoch",),
+    "throughput": ("tokens_per_second",),
+}
+METRICS = ("loss", "eval_loss", "predict_loss", "reward", "accuracy", "eval_accuracy")
+# What `Trainer` logs once, when the last step is done → key of train_results.json.
+TRAINING_KEYS = (
+    "epoch",
+    "total_flos",
+    "train_loss",
+    "train_runtime",
+    "train_samples_per_second",
+    "train_steps_per_second",
+)
+# Loss per token of these stages is a cross-entropy; of the others it is not, and has no perplexity.
+STAGES_WITH_PERPLEXITY = ("pt", "sft")
+
+
+class TrainerLog:
+    """`trainer_log.jsonl`: one line for each entry of the log, written at once.
+
+    `elapsed_time` counts the time of earlier parts of a resumed run as well, `remaining_time` follows from the speed
+    of this part.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.path = Path(folder) / TRAINER_LOG
+        self.total_steps = 0
+        self._first_step = 0
+        self._started: float | None = None
+        self._seconds_before = 0.0
+
+    def start(self, total_steps: int, first_step: int = 0) -> None:
+        """Begins a run, or the rest of one: lines of steps that will be made again are cut.
+
+        Args:
+            total_steps: steps of the whole run.
+            first_step: steps that were made already; 0 starts a new file.
+        """
+        self.total_steps, self._first_step = total_steps, first_step
+        kept = [line for line in self._read() if _is_before(line, first_step)] if first_step else []
+        self._seconds_before = max((_read_seconds(line.get("elapsed_time")) for line in kept), default=0.0)
+        self._started = time.monotonic()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        publish_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def write(self, step: int, entry: dict[str, Any]) -> None:
+        """Appends a line.
+
+        Args:
+            step: steps that are done.
+            entry: what the trainer logs, in its names (`learning_rate`, `eval_loss` …).
+        """
+        line: dict[str, Any] = {"current_steps": step, "total_steps": max(step, self.total_steps)}
+        for key, names in LINE_KEYS.items():
+            value = next((entry[name] for name in names if entry.get(name) is not None), None)
+            if value is not None:
+                line[key] = value
+        elapsed, remaining = self._measure(step)
+        line["percentage"] = round(100 * step / self.total_steps, 2) if self.total_steps else 100.0
+        line["elapsed_time"] = str(timedelta(seconds=int(elapsed)))
+        line["remaining_time"] = str(timedelta(seconds=int(remaining)))
+        if entry.get("num_input_tokens_seen"):
+            line["total_tokens"] = entry["num_input_tokens_seen"]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # A file of its own for each line: nothing waits in memory when the run is killed.
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_finite(line)) + "\n")
+
+    def _measure(self, step: int) -> tuple[float, float]:
+        """Seconds of the run so far, and those that are still to come."""
+        here = time.monotonic() - self._started if self._started is not None else 0.0
+        made = step - self._first_step
+        remaining = here / made * max(0, self.total_steps - step) if made > 0 else 0.0
+        return self._seconds_before + here, remaining
+
+    def _read(self) -> list[dict[str, Any]]:
+        """The lines of an earlier part of the run, without one that a killed process left unfinished."""
+        lines = []
+        if self.path.is_file():
+            for text in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    line = json.loads(text)
+                except ValueError:
+                    continue
+                if isinstance(line, dict) and isinstance(line.get("current_steps"), int):
+                    lines.append(line)
+        return lines
+
+
+class TrainerLogCallback(TrainerCallback):
+    """Writes `trainer_log.jsonl` in the first process while a `Trainer` works."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.log = TrainerLog(folder)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.log.start(state.max_steps, state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            entry = {"epoch": state.epoch, "num_input_tokens_seen": state.num_input_tokens_seen, **(logs or {})}
+            self.log.write(state.global_step, entry)
+
+
+def save_results(folder: str | Path, split: str, metrics: dict[str, Any]) -> None:
+    """Writes `{split}_results.json` and adds the metrics to `all_results.json`, which collects those of every split.
+
+    Args:
+        folder: --output_dir.
+        split: train, eval or predict.
+        metrics: key → number; numbers that are not finite become null, which JSON can say.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics = _finite(metrics)
+    everything: dict[str, Any] = {}
+    if (folder / ALL_RESULTS).is_file():
+        try:
+            before = json.loads((folder / ALL_RESULTS).read_text(encoding="utf-8"))
+            everything = before if isinstance(before, dict) else {}
+        except ValueError:
+            pass  # a damaged file of figures is no reason to lose the new ones
+    for name, content in ((f"{split}_results.json", metrics), (ALL_RESULTS, everything | metrics)):
+        publish_text(folder / name, json.dumps(content, indent=4, sort_keys=True) + "\n")
+
+
+def remove_results(folder: str | Path) -> None:
+    """Removes the results of an earlier run: `all_results.json` must not mix two runs."""
+    for name in (ALL_RESULTS, *(f"{split}_results.json" for split in ("train", "eval", "predict"))):
+        (Path(folder) / name).unlink(missing_ok=True)
+
+
+def describe_training(
+    log_history: Sequence[dict[str, Any]], total_steps: int, resumed_step: int = 0
+) -> dict[str, float]:
+    """The metrics of `train_results.json` from the log of a run.
+
+    What `Trainer` says at the end of a resumed run depends on its version (older ones divide the losses of the last
+    part by the steps of the whole). Here `train_loss` is the mean of the whole run's logged losses, and the speeds are
+    those of the last part.
+
+    Args:
+        log_history: entries as `TrainerState` keeps them.
+        total_steps: steps of the whole run.
+        resumed_step: steps that an earlier part of the run had made.
+
+    Returns:
+        Those of TRAINING_KEYS that the log has; nothing when no step was made.
+    """
+    summaries = [entry for entry in log_history if "train_runtime" in entry]
+    if not summaries:
+        return {}
+    metrics = {key: summaries[-1][key] for key in TRAINING_KEYS if key in summaries[-1]}
+    if not resumed_step:
+        return metrics
+    mean = mean_logged_loss(log_history)
+    if mean is not None:
+        metrics["train_loss"] = mean
+    reported, runtime = metrics.get("train_steps_per_second"), metrics.get("train_runtime")
+    if reported and runtime:
+        share = (total_steps - resumed_step) / runtime / reported
+        for key in ("train_samples_per_second", "train_steps_per_second"):
+            metrics[key] = round(metrics[key] * share, 3)
+    return metrics
+
+
+def mean_logged_loss(log_history: Sequence[dict[str, Any]]) -> float | None:
+    """The mean over steps of the logged losses, each of which is a mean since the entry before it."""
+    entries = [(entry["step"], entry["loss"]) for entry in log_history if "loss" in entry]
+    starts = [0, *(step for step, _ in entries)]
+    weights = [step - start for start, (step, _) in zip(starts, entries)]
+    if sum(weights) <= 0:
+        return None
+    return sum(weight * loss for weight, (_, loss) in zip(weights, entries)) / sum(weights)
+
+
+def describe_evaluation(log_history: Sequence[dict[str, Any]], stage: str) -> dict[str, float]:
+    """The metrics of `eval_results.json`: the last evaluation in the log, with the perplexity of pt and sft."""
+    evaluations = [entry for entry in log_history if "eval_loss" in entry]
+    if not evaluations:
+        return {}
+    metrics = {key: value for key, value in evaluations[-1].items() if key.startswith("eval_") or key == "epoch"}
+    if stage in STAGES_WITH_PERPLEXITY:
+        try:
+            metrics["eval_perplexity"] = math.exp(metrics["eval_loss"])
+        except OverflowError:
+            metrics["eval_perplexity"] = math.inf
+    return metrics
+
+
+def publish_text(path: Path, text: str) -> None:
+    """Writes a text file that is whole or not there: beside it first, flushed to disk, then renamed."""
+    partial = path.with_name(PARTIAL_PREFIX + path.name)
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _is_before(line: dict[str, Any], first_step: int) -> bool:
+    """Whether a line stays when a run goes on; what stands at the end of a run, without any metric, does not."""
+    return line["current_steps"] <= first_step and any(key in line for key in METRICS)
+
+
+def _read_seconds(text: Any) -> float:
+    """`1 day, 2:03:04` → 93784."""
+    try:
+        days, _, clock = str(text).rpartition(" day")
+        hours, minutes, seconds = clock.lstrip("s, ").split(":")
+        return 86400 * int(days or 0) + 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+    except ValueError:
+        return 0.0
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
+    }
