@@ -15,6 +15,8 @@ AT_LEAST_ONE = (
     "max_target_length",
     "preprocessing_num_workers",
 )
+# LLaMA-Factory's name; `command_line` translates it for finetune.py.
+ALIASES = {"max_seq_length": ("--cutoff_len",)}
 
 
 @dataclass
@@ -83,6 +85,17 @@ class DataArguments:
         if self.val_size < 0:
             raise ValueError(f"--val_size must be a share below 1 or a number of rows, got {self.val_size}")
 
+        if self.train_format == "input-output" and self.template != "chatglm3":
+            raise ValueError(
+                f"--train_format input-output has its own form; drop --template {self.template}, or write the records "
+                "as conversations (--train_format multi-turn)"
+            )
+
+    @property
+    def prompt_format(self) -> Literal["multi-turn", "input-output", "default", "raw"]:
+        """What a checkpoint that was trained on these rows records, for `render_prompt`."""
+        return self.train_format if self.template == "chatglm3" else self.template
+
     def dataset_options(self) -> dict[str, Any]:
         """The keywords of `build_dataset` besides format, path and tokenizer."""
         names = ("max_seq_length", "max_source_length", "max_target_length", "truncation_strategy", "on_bad_record")
@@ -95,11 +108,26 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         options: dict[str, Any] = {"default": entry.default, "help": f"{entry.metadata['help']} [%(default)s]"}
         if typing.get_origin(entry.type) is Literal:
             options["choices"] = typing.get_args(entry.type)
+        elif entry.type is bool:
+            options |= {"type": parse_bool, "nargs": "?", "const": True, "metavar": "BOOL"}
         elif isinstance(entry.type, types.UnionType):
             options["type"] = typing.get_args(entry.type)[0]
         else:
             options["type"] = entry.type
-        parser.add_argument(f"--{entry.name}", **options)
+        parser.add_argument(f"--{entry.name}", *ALIASES.get(entry.name, ()), **options)
+
+
+def parse_bool(text: str) -> bool:
+    """`True`, `false`, `yes`, `0`, … as transformers' parser takes them for the same flags.
+
+    Raises:
+        argparse.ArgumentTypeError: Neither true nor false.
+    """
+    if text.lower() in ("yes", "true", "t", "y", "1"):
+        return True
+    if text.lower() in ("no", "false", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
 
 
 def read_data_arguments(namespace: argparse.Namespace) -> DataArguments:

@@ -1,29 +1,44 @@
 """Renders conversations into token ids and labels: the one renderer of training, inference and evaluation.
 
-The rules are ChatGLM3's, held to `tests/golden/loss_masks.jsonl`: `[gMASK] sop`, then every message as role
-token, metadata line and content. There is no end-of-turn token: the next role token, or eos at the end, ends
-a turn, so after a supervised message that token is a target too. Control ids come from structure; text is
-never altered. See the result with `inspect_data.py`.
+`templates` has the rules of the formats; here they become rows (ids and labels) and prompts (ids). A prompt is always
+how the training row of the same conversation begins. Control ids come from structure; text is never altered. See the
+result with `inspect_data.py`.
 """
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-IGNORED_LABEL = -100
-TOOLS_INTRODUCTION = "Answer the following questions as best as you can. You have access to the following tools:\n"
-SUPERVISED_ROLES = frozenset({"assistant", "tool"})
+from finetune_chatmodel_demo.conversation.templates import (
+    IGNORED_LABEL,
+    TEMPLATES,
+    ChatTokenizer,
+    Template,
+    Turn,
+    format_tool_call,
+    split_into_turns,
+    start_ids,
+    write_prompt,
+    write_turns,
+)
 
+__all__ = [
+    "IGNORED_LABEL",
+    "PROMPT_FORMATS",
+    "ChatTokenizer",
+    "PromptFormat",
+    "Rendering",
+    "Turn",
+    "format_tool_call",
+    "render_conversation",
+    "render_input_output",
+    "render_prompt",
+    "split_into_turns",
+]
 
-class ChatTokenizer(Protocol):
-    """What rendering asks of a tokenizer."""
-
-    eos_token_id: int
-
-    def get_command(self, token: str) -> int: ...
-    def encode_text(self, text: str) -> list[int]: ...
-    def build_single_message(self, role: str, metadata: str, message: str) -> list[int]: ...
+# What a checkpoint records; `multi-turn` is the template chatglm3.
+PromptFormat = Literal["multi-turn", "input-output", "default", "raw"]
+PROMPT_FORMATS = ("multi-turn", "input-output", "default", "raw")
 
 
 @dataclass(frozen=True)
@@ -33,7 +48,8 @@ class Rendering:
     Attributes:
         input_ids: Token ids.
         labels: As long as `input_ids`: the id where the loss counts, else -100. The model shifts by one.
-        turn_starts: Positions of the role tokens; empty for input-output.
+        turn_starts: Positions at which turns begin (chatglm3: the role tokens); empty for input-output.
+        turn_ends: Positions of the tokens that end the turns; in chatglm3 the next turn's role token, or the last one.
         is_cut: A length limit cut a turn, a prompt or a response in the middle.
         turns_dropped: How many whole turns a length limit left out.
     """
@@ -41,68 +57,22 @@ class Rendering:
     input_ids: list[int]
     labels: list[int]
     turn_starts: list[int] = field(default_factory=list)
+    turn_ends: list[int] = field(default_factory=list)
     is_cut: bool = False
     turns_dropped: int = 0
 
 
-@dataclass(frozen=True)
-class Turn:
-    """One role token with what follows it. `is_supervised`: the model learns to write it, and to end it."""
-
-    role: str
-    metadata: str
-    content: str
-    is_supervised: bool
-
-
-def split_into_turns(messages: Sequence[dict[str, Any]], tools: list[Any] | None = None) -> Iterator[Turn]:
-    """Yields a conversation's turns: `tools` become the first, a `tool` message a call and its result.
-
-    The loss is on for assistant messages and calls of tools, off for the rest; `loss` in a message overrides
-    that (the original demo ignores it on system and user messages, and turns it on for observations that are
-    messages of their own). The result of a `tool` message never counts.
-    """
-    if tools is not None:
-        yield Turn("system", "", TOOLS_INTRODUCTION + json.dumps(tools, indent=4, ensure_ascii=False), False)
-    for message in messages:
-        role, loss = message["role"], message.get("loss")
-        is_supervised = role in SUPERVISED_ROLES if loss is None else bool(loss)
-        if role == "tool":
-            yield Turn("assistant", message["name"], format_tool_call(message["parameters"]), is_supervised)
-            observation = message["observation"]
-            if not isinstance(observation, str):
-                observation = json.dumps(observation, ensure_ascii=False)
-            yield Turn("observation", "", observation, False)
-        else:
-            metadata = (message.get("metadata") or "") if role == "assistant" else ""
-            yield Turn(role, metadata, message["content"], is_supervised)
-
-
-def format_tool_call(parameters: dict[str, Any]) -> str:
-    """Writes a call as ChatGLM3 was taught to: Python in a code fence, always of the function `tool_call`."""
-    arguments = ", ".join(f"{name}={value!r}" for name, value in parameters.items())
-    return f"```python\ntool_call({arguments})\n```"
-
-
-def render_conversation(tokenizer: ChatTokenizer, record: dict[str, Any]) -> Rendering:
+def render_conversation(tokenizer: ChatTokenizer, record: dict[str, Any], template: Template = "chatglm3") -> Rendering:
     """Renders a validated multi-turn record at full length.
 
     Args:
         tokenizer: See `ChatTokenizer`.
         record: `{"tools": [...]?, "conversations": [...]}`.
+        template: See `templates`.
     """
-    input_ids, labels, turn_starts = _start_ids(tokenizer), [IGNORED_LABEL, IGNORED_LABEL], []
-    was_supervised = False
-    for turn in split_into_turns(record["conversations"], record.get("tools")):
-        ids = tokenizer.build_single_message(turn.role, turn.metadata, turn.content)
-        turn_starts.append(len(input_ids))
-        labels.append(ids[0] if was_supervised else IGNORED_LABEL)
-        labels.extend(ids[1:] if turn.is_supervised else [IGNORED_LABEL] * (len(ids) - 1))
-        input_ids.extend(ids)
-        was_supervised = turn.is_supervised
-    input_ids.append(tokenizer.eos_token_id)
-    labels.append(tokenizer.eos_token_id if was_supervised else IGNORED_LABEL)
-    return Rendering(input_ids, labels, turn_starts)
+    turns = list(split_into_turns(record["conversations"], record.get("tools")))
+    written = write_turns(tokenizer, turns, template)
+    return Rendering(written.input_ids, written.labels, written.turn_starts, written.turn_ends)
 
 
 def render_input_output(
@@ -137,7 +107,7 @@ def render_prompt(
     messages: Sequence[dict[str, Any]],
     *,
     tools: list[Any] | None = None,
-    prompt_format: Literal["multi-turn", "input-output"] = "multi-turn",
+    prompt_format: PromptFormat = "multi-turn",
 ) -> list[int]:
     """Renders what the model reads before it replies; a training row of the same conversation begins with it.
 
@@ -146,23 +116,20 @@ def render_prompt(
         messages: The conversation so far. An assistant message may carry `metadata`, the name of a tool.
         tools: As in a record.
         prompt_format: "multi-turn" is the history and an open `<|assistant|>` (the reply starts with its
-            metadata line); "input-output" is the last user message's text alone.
+            metadata line); "input-output" is the last user message's text alone; "default" and "raw" are the history
+            in the template of that name.
 
     Raises:
         ValueError: The format is unknown, or "input-output" has no user message.
     """
-    if prompt_format == "multi-turn":
-        ids = _start_ids(tokenizer)
-        for turn in split_into_turns(messages, tools):
-            ids += tokenizer.build_single_message(turn.role, turn.metadata, turn.content)
-        return [*ids, tokenizer.get_command("<|assistant|>")]
+    if prompt_format not in PROMPT_FORMATS:
+        raise ValueError(
+            f"prompt_format {prompt_format!r} is unknown; use {', '.join(PROMPT_FORMATS[:-1])} or {PROMPT_FORMATS[-1]}"
+        )
     if prompt_format != "input-output":
-        raise ValueError(f"prompt_format {prompt_format!r} is unknown; use multi-turn or input-output")
+        template = prompt_format if prompt_format in TEMPLATES else "chatglm3"
+        return write_prompt(tokenizer, list(split_into_turns(messages, tools)), template)
     questions = [message["content"] for message in messages if message["role"] == "user"]
     if not questions:
         raise ValueError(f"prompt_format input-output needs a user message, got {[m['role'] for m in messages]}")
-    return _start_ids(tokenizer) + tokenizer.encode_text(questions[-1])
-
-
-def _start_ids(tokenizer: ChatTokenizer) -> list[int]:
-    return [tokenizer.get_command("[gMASK]"), tokenizer.get_command("sop")]
+    return start_ids(tokenizer) + tokenizer.encode_text(questions[-1])

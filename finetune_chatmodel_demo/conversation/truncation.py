@@ -1,11 +1,12 @@
 """The one place where a conversation is held to a length limit.
 
-`turns`, the default, cuts where a supervised turn ends, so that no reply loses its end; `official` is the head cut of
-the original demo.
+A row loses its end: `turns`, the default, cuts where a supervised turn ends, so that no reply loses its end;
+`official` is the head cut of the original demo. A prompt, whose reply comes next, loses its oldest turns instead.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from finetune_chatmodel_demo.conversation.rendering import IGNORED_LABEL, Rendering
 
@@ -42,6 +43,7 @@ def truncate(rendering: Rendering, max_seq_length: int, strategy: TruncationStra
         input_ids=rendering.input_ids[:length],
         labels=rendering.labels[:length],
         turn_starts=kept_starts,
+        turn_ends=[end for end in rendering.turn_ends if end < length],
         is_cut=end is None,
         turns_dropped=len(rendering.turn_starts) - len(kept_starts),
     )
@@ -49,6 +51,30 @@ def truncate(rendering: Rendering, max_seq_length: int, strategy: TruncationStra
 
 def _last_supervised_end(rendering: Rendering, max_seq_length: int) -> int | None:
     """Position of the last token within the limit that ends a supervised turn; None where there is none."""
-    ends = [*rendering.turn_starts[1:], len(rendering.input_ids) - 1]
-    fitting = [end for end in ends if end < max_seq_length and rendering.labels[end] != IGNORED_LABEL]
+    fitting = [end for end in rendering.turn_ends if end < max_seq_length and rendering.labels[end] != IGNORED_LABEL]
     return max(fitting, default=None)
+
+
+def drop_oldest_turns(messages: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Leaves out the `count` oldest questions, each with all that answers it; system messages at the start stay.
+
+    Raises:
+        ValueError: Less than `count` questions come before the newest one.
+    """
+    if count == 0:
+        return list(messages)
+    head, starts = _find_questions(messages)
+    if count > len(starts):
+        raise ValueError(f"{count} turns cannot be left out; {len(starts)} come before the newest question")
+    return [*messages[:head], *messages[starts[count - 1] :]]
+
+
+def count_droppable_turns(messages: Sequence[dict[str, Any]]) -> int:
+    """How many questions come before the newest one."""
+    return len(_find_questions(messages)[1])
+
+
+def _find_questions(messages: Sequence[dict[str, Any]]) -> tuple[int, list[int]]:
+    """How many system messages stand in front, and where all but the oldest questions are."""
+    head = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
+    return head, [i for i in range(head + 1, len(messages)) if messages[i]["role"] == "user"]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_chatmodel_demo.conversation.rendering import render_prompt
+from finetune_chatmodel_demo.conversation.truncation import count_droppable_turns, drop_oldest_turns
 
 
 class PromptTooLongError(ValueError):
@@ -25,11 +26,7 @@ def drop_oldest_turn(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     Returns:
         The shorter conversation, or the same one when only its newest question is left.
     """
-    start = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
-    for i in range(start + 1, len(messages)):
-        if messages[i]["role"] == "user":
-            return messages[:start] + messages[i:]
-    return messages
+    return drop_oldest_turns(messages, 1) if count_droppable_turns(messages) else messages
 
 
 def fit_prompt(
