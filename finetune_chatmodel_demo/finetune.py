@@ -60,7 +60,7 @@ def _run(given: dict[str, object], notices: list[str]) -> int:
 
     from finetune_chatmodel_demo.conversation import RecordError
     from finetune_chatmodel_demo.training.settings import decide_settings
-    from finetune_chatmodel_demo.training.trainer import NonFiniteLossError
+    from finetune_chatmodel_demo.training.run_trainer import NonFiniteLossError
     from finetune_chatmodel_demo.training.workflow import run_finetuning
 
     try:

@@ -15,12 +15,12 @@ from training_helpers import flags, losses, make_model, read_log, train, write_c
 
 from finetune_chatmodel_demo import finetune
 from finetune_chatmodel_demo.chatglm3 import load_model, load_tokenizer, prefix, read_prefix_config
-from finetune_chatmodel_demo.training import checkpoints, trainer, workflow
-from finetune_chatmodel_demo.training.arguments import SettingsError
-from finetune_chatmodel_demo.training.command_line import parse_given
+from finetune_chatmodel_demo.training import checkpoints, methods, run_trainer, workflow
+from finetune_chatmodel_demo.training.arguments import FULL, P_TUNING, SettingsError
 from finetune_chatmodel_demo.training.callbacks import StuckLossWarning
+from finetune_chatmodel_demo.training.command_line import parse_given
 from finetune_chatmodel_demo.training.sampling import LengthGroupedBatches
-from finetune_chatmodel_demo.training.settings import FULL, P_TUNING, decide_settings
+from finetune_chatmodel_demo.training.settings import decide_settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PREFIX_FILES = {"prefix_encoder.safetensors", "pytorch_model.bin", "config.json"}
@@ -40,7 +40,7 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """A loss curve takes longer than a run here; the one of `prefix_run`, which is set up earlier, is drawn."""
-    monkeypatch.setattr(trainer, "plot_loss", lambda *_: None)
+    monkeypatch.setattr(run_trainer, "plot_loss", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,7 @@ def test_a_gpu_turns_on_bf16_and_gradient_checkpointing(monkeypatch):
     ],
 )
 def test_impossible_runs_are_refused_before_loading(model, data, tmp_path, options, message, monkeypatch, capsys):
-    monkeypatch.setattr(workflow, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(methods, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     assert train(model, data, tmp_path / "o", **{"pre_seq_len": None, **options}) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
@@ -309,7 +309,7 @@ def test_p_tuning_changes_the_prefix_and_nothing_else(prefix_run, model):
 
 def test_prefix_output_is_small_and_complete(prefix_run, model):
     output, trained, _ = prefix_run
-    expected = {"settings.json", "trainer_state.json", "training_loss.png", *PREFIX_FILES}
+    expected = {"settings.json", "trainer_state.json", "training_loss.png", "training_eval_loss.png", *PREFIX_FILES}
     assert {path.name for path in output.iterdir()} == expected | {"checkpoint-18", "checkpoint-20"}
     assert (output / "training_loss.png").read_bytes().startswith(b"\x89PNG")
     checkpoint = output / "checkpoint-20"
@@ -414,14 +414,14 @@ def test_one_row_accumulated_equals_one_batch(model, data, tmp_path, monkeypatch
 @pytest.mark.parametrize("projection", [False, True])
 def test_gradient_checkpointing_is_on_and_changes_nothing(model, data, tmp_path, monkeypatch, projection):
     calls = []
-    load = workflow.load_model
+    load = methods.load_model
 
     def load_counting(*args, **kwargs):
         loaded = load(*args, **kwargs)
         loaded.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
         return loaded
 
-    monkeypatch.setattr(workflow, "load_model", load_counting)
+    monkeypatch.setattr(methods, "load_model", load_counting)
     counts = {}
     for is_on in (False, True):
         calls.clear()
@@ -439,14 +439,14 @@ def test_a_bad_loss_stops_the_run_and_names_the_row(model, data, tmp_path, monke
     broken.write_text("\n".join(lines), encoding="utf-8")
     tokenizer = load_tokenizer(model)
     rare = set(tokenizer.encode_text("喷火龙")) - set(tokenizer.encode_text("皮卡丘的属性是什么电属性的宝可梦"))
-    load = workflow.load_model
+    load = methods.load_model
 
     def load_poisoned(*args, **kwargs):
         loaded = load(*args, **kwargs)
         loaded.model.embed_tokens.weight.data[sorted(rare)[-1]] = float("nan")
         return loaded
 
-    monkeypatch.setattr(workflow, "load_model", load_poisoned)
+    monkeypatch.setattr(methods, "load_model", load_poisoned)
     options = {"pre_seq_len": 4, "per_device_train_batch_size": 1, "max_steps": 24}
     assert train(model, broken, tmp_path / "o", **options) == 1
     error = capsys.readouterr().err
@@ -550,10 +550,10 @@ sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
 from finetune_chatmodel_demo import finetune
-from finetune_chatmodel_demo.training import checkpoints, trainer
+from finetune_chatmodel_demo.training import checkpoints, run_trainer
 
 where, count = sys.argv[2], int(sys.argv[3])
-module, name = {"batch": (trainer.Trainer, "training_step"), "file": (checkpoints, "_flush")}[where]
+module, name = {"batch": (run_trainer.Trainer, "training_step"), "file": (checkpoints, "_flush")}[where]
 original, calls = getattr(module, name), []
 
 def die_in_time(*args, **kwargs):

@@ -2,6 +2,7 @@
 
     python finetune_chatmodel_demo/finetune.py --help
 
-`arguments` parses the flags, `settings` decides what they leave open, `workflow` runs the training with
-`trainer.ChatTrainer`, `checkpoints` keeps folders whole.
+`command_line` parses the flags of `arguments`, `settings` decides what they leave open, `checks` refuses what cannot
+work. `workflow` builds the data, the model (`methods`: what of it is trained) and the trainer of the stage
+(`trainer.ChatTrainer`, `stages/`), all on `run_trainer`; `checkpoints` keeps folders whole.
 """

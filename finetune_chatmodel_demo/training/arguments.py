@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 GROUP_BY_LENGTH = "group_by_length"
+# The values of --finetuning_type.
+P_TUNING, LORA, FREEZE, FULL = "ptuning", "lora", "freeze", "full"
 
 
 class SettingsError(ValueError):

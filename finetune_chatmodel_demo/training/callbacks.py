@@ -8,7 +8,7 @@ import torch
 from transformers import TrainerCallback
 
 if TYPE_CHECKING:
-    from finetune_chatmodel_demo.training.trainer import ChatTrainer
+    from finetune_chatmodel_demo.training.run_trainer import RunTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 class EpochOrder(TrainerCallback):
     """Tells the sampler which epoch begins, also when a run is resumed in the middle of one."""
 
-    def __init__(self, trainer: "ChatTrainer") -> None:
+    def __init__(self, trainer: "RunTrainer") -> None:
         self.trainer = trainer
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

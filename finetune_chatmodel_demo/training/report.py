@@ -3,15 +3,23 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from finetune_chatmodel_demo.training.settings import P_TUNING, Settings
+from finetune_chatmodel_demo.training.methods import describe_method
+from finetune_chatmodel_demo.training.settings import Settings
 
 if TYPE_CHECKING:
-    from finetune_chatmodel_demo.training.trainer import ChatTrainer
+    from finetune_chatmodel_demo.training.run_trainer import RunTrainer
 
 LONGEST_SANITY_CHECK = 60
+STAGE_TITLES = {
+    "pt": "pt, pre-training on text",
+    "sft": "sft, supervised fine-tuning",
+    "rm": "rm, a reward model",
+    "dpo": "dpo, direct preference optimization",
+    "ppo": "ppo, proximal policy optimization",
+}
 
 
-def describe_start(settings: Settings, trainer: "ChatTrainer") -> str:
+def describe_start(settings: Settings, trainer: "RunTrainer") -> str:
     """Returns the effective settings as a table, one line each."""
     args, rows = trainer.args, len(trainer.train_dataset)
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
@@ -19,10 +27,9 @@ def describe_start(settings: Settings, trainer: "ChatTrainer") -> str:
     effective = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     steps = count_steps(trainer)
     warmup = args.get_warmup_steps(steps)
-    method, bits = settings.method, settings.model.quantization_bit
-    if method == P_TUNING:
-        method += f", a prefix of {trainer.model.prefix_encoder.length} positions"
+    method = describe_method(settings, trainer.model)
     lines = {
+        "stage": STAGE_TITLES[settings.stage.stage],
         "method": f"{method}: {trainable:,} of {everything:,} parameters train",
         "base model": settings.model.model_name_or_path,
         "learning rate": f"{args.learning_rate:g}, {_name(args.lr_scheduler_type)}, warm-up over {warmup} steps",
@@ -38,7 +45,7 @@ def describe_start(settings: Settings, trainer: "ChatTrainer") -> str:
     return "\n".join(f"  {name:<14} {text}" for name, text in lines.items())
 
 
-def count_steps(trainer: "ChatTrainer") -> int:
+def count_steps(trainer: "RunTrainer") -> int:
     """Optimizer steps of the whole run."""
     if trainer.args.max_steps > 0:
         return trainer.args.max_steps

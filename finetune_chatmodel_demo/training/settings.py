@@ -1,31 +1,46 @@
-"""What a run will do: fills in the defaults that depend on method and device, and refuses what cannot work.
+"""What a run will do: fills in the defaults that depend on method, stage and device.
 
-Everything here happens before the model is loaded, and writes nothing.
+Everything here and in `checks` happens before the model is loaded, and writes nothing.
 """
 
-import importlib.util
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 from transformers import TrainingArguments
 
-from finetune_chatmodel_demo.chatglm3.checkpoints import is_prefix_checkpoint
 from finetune_chatmodel_demo.conversation.arguments import DataArguments
-from finetune_chatmodel_demo.training.arguments import GROUP_BY_LENGTH, ModelArguments, RunArguments, SettingsError
+from finetune_chatmodel_demo.training.arguments import (
+    FREEZE,
+    FULL,
+    GROUP_BY_LENGTH,
+    LORA,
+    P_TUNING,
+    GenerationArguments,
+    MethodArguments,
+    ModelArguments,
+    RunArguments,
+    SettingsError,
+    StageArguments,
+)
 from finetune_chatmodel_demo.training.checkpoints import (
     find_last_checkpoint,
     list_checkpoints,
     read_whole_checkpoint,
 )
+from finetune_chatmodel_demo.training.checks import check_files, check_settings, has_gpu
 
-P_TUNING = "P-Tuning v2"
-FULL = "all parameters"
-
-# The original's scripts: finetune_pt*.sh say 2e-2, finetune_ds*.sh say 1e-4.
-DEFAULT_LEARNING_RATE = {P_TUNING: 2e-2, FULL: 1e-4}
-# A prefix starts at N(0, 1). A published run at 2e-5 moved it by 0.01 in 1,000 steps and learned nothing.
-LOWEST_SENSIBLE_PREFIX_LEARNING_RATE = 1e-3
+METHOD_TITLES = {
+    P_TUNING: "P-Tuning v2",
+    LORA: "LoRA",
+    FREEZE: "some layers (freeze)",
+    FULL: "all parameters",
+}
+DEFAULT_PRE_SEQ_LEN = 128  # the original's finetune_pt*.sh
+# ptuning and full: the original's finetune_pt*.sh and finetune_ds*.sh. lora, freeze: LLaMA-Factory's examples.
+DEFAULT_LEARNING_RATE = {P_TUNING: 2e-2, LORA: 1e-4, FREEZE: 1e-4, FULL: 1e-4}
+# LLaMA-Factory's examples for LoRA: 5e-6 for dpo and 1e-5 for ppo, where sft has 1e-4.
+STAGE_LEARNING_RATE_SHARE = {"pt": 1, "sft": 1, "rm": 1, "dpo": 0.05, "ppo": 0.1}
 DEFAULT_WARMUP_SHARE = 0.03
 
 
@@ -34,13 +49,46 @@ class Settings:
     """A run, decided."""
 
     model: ModelArguments
+    tuning: MethodArguments
+    stage: StageArguments
     data: DataArguments
+    generation: GenerationArguments
     training: TrainingArguments
     run: RunArguments
-    method: str
+    method: str  # P_TUNING, LORA, FREEZE or FULL
     checkpoint: Path | None  # to resume from
     given: dict[str, object]  # the options that were given
     notices: list[str]  # told at the start
+
+    @property
+    def method_title(self) -> str:
+        """The method in words."""
+        return METHOD_TITLES[self.method]
+
+    @property
+    def pre_seq_len(self) -> int | None:
+        """Length of a new prefix, or what an existing one must have; None: no prefix, or a length of its own."""
+        if self.method != P_TUNING or self.model.pre_seq_len or self.checkpoint or self.model.ptuning_checkpoint:
+            return self.model.pre_seq_len
+        return DEFAULT_PRE_SEQ_LEN
+
+    @property
+    def prompt_format(self) -> str:
+        """How conversations become text, as checkpoints record it."""
+        if self.data.template == "chatglm3":
+            return self.data.train_format
+        return self.data.template
+
+    @property
+    def does_train(self) -> bool:
+        """Commands without any of --do_train, --do_eval and --do_predict train, as the original demo's do."""
+        others = self.given.get("do_eval") or self.given.get("do_predict")
+        return bool(self.given.get("do_train") or not others)
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there is something to validate on."""
+        return bool(self.data.validation_file or self.data.eval_dataset or self.data.val_size)
 
     @property
     def precision(self) -> str:
@@ -63,32 +111,43 @@ def decide_settings(given: dict[str, object], notices: list[str] | None = None) 
     """Turns the options that were given into a run.
 
     Args:
-        given: option → value, see `arguments.parse_given`.
+        given: option → value, see `command_line.parse_given`.
         notices: what is to be told at the start already; more is appended.
 
     Raises:
         SettingsError: when the run cannot work as described.
     """
     notices = list(notices or [])
-    model = ModelArguments(**_select(given, ModelArguments))
     try:
         data = DataArguments(**_select(given, DataArguments))
     except ValueError as error:
         raise SettingsError(str(error)) from error
-    _check_files(model, data, given, notices)
-    method = P_TUNING if model.pre_seq_len is not None or model.ptuning_checkpoint else FULL
-    _check_method(model, method, given)
-    _check_unsupported(given, data)
-    training = _build_training_arguments(given, data, method, notices)
-    run = RunArguments(**_select(given, RunArguments))
-    checkpoint = None if run.overwrite_output_dir else _find_checkpoint(training, method)
-    if method == P_TUNING and training.learning_rate < LOWEST_SENSIBLE_PREFIX_LEARNING_RATE:
-        notices.append(
-            f"the learning rate {training.learning_rate:g} is low for P-Tuning v2: a prefix starts at N(0, 1) and "
-            "hardly moves at such a rate; the original's scripts use 2e-2"
-        )
-    _check_earlier_run(training, run, checkpoint, notices)
-    return Settings(model, data, training, run, method, checkpoint, given, notices)
+    model = ModelArguments(**_select(given, ModelArguments))
+    check_files(model, data, given, notices)
+    tuning, stage = MethodArguments(**_select(given, MethodArguments)), StageArguments(**_select(given, StageArguments))
+    method = tuning.finetuning_type or (P_TUNING if model.pre_seq_len or model.ptuning_checkpoint else FULL)
+    settings = Settings(
+        model=model,
+        tuning=tuning,
+        stage=stage,
+        data=data,
+        generation=GenerationArguments(**_select(given, GenerationArguments)),
+        training=None,
+        run=RunArguments(**_select(given, RunArguments)),
+        method=method,
+        checkpoint=None,
+        given=given,
+        notices=notices,
+    )
+    check_settings(settings)
+    training = _build_training_arguments(settings)
+    checkpoint = None
+    if settings.does_train and not settings.run.overwrite_output_dir:
+        checkpoint = _find_checkpoint(training, settings)
+    settings = replace(settings, training=training, checkpoint=checkpoint)
+    if settings.does_train:
+        _check_earlier_run(settings)
+    return settings
 
 
 def _select(given: dict[str, object], arguments: type) -> dict[str, object]:
@@ -96,105 +155,41 @@ def _select(given: dict[str, object], arguments: type) -> dict[str, object]:
     return {name: value for name, value in given.items() if name in names}
 
 
-def _check_files(model: ModelArguments, data: DataArguments, given: dict[str, object], notices: list[str]) -> None:
-    if not data.train_file:
-        raise SettingsError("--train_file is missing: the JSON or JSON lines file to train on")
-    for flag in ("train_file", "validation_file"):
-        path = getattr(data, flag)
-        if path and not Path(path).is_file():
-            raise SettingsError(f"--{flag} {path} does not exist (the current folder is {Path.cwd()})")
-    if not model.model_name_or_path:
-        raise SettingsError("--model_name_or_path is missing: the folder of the base model, e.g. THUDM/chatglm3-6b")
-    folder = Path(model.model_name_or_path)
-    if not (folder / "config.json").is_file():
-        if folder.is_dir() or folder.is_absolute() or len(folder.parts) != 2:
-            raise SettingsError(
-                f"--model_name_or_path {folder} is not a folder with a config.json; THUDM/README.md says how to get "
-                "the weights"
-            )
-        notices.append(f"there is no folder {folder.absolute()}: {folder} is taken for a name on the hub")
-    if not given.get("output_dir"):
-        raise SettingsError("--output_dir is missing: the folder for checkpoints and the result")
-    deepspeed = given.get("deepspeed")
-    if isinstance(deepspeed, str) and not deepspeed.startswith("{") and not Path(deepspeed).is_file():
-        raise SettingsError(f"--deepspeed {deepspeed} does not exist")
+def _training_arguments_class(stage: str) -> type[TrainingArguments]:
+    """What the stage's trainer takes."""
+    return TrainingArguments
 
 
-def _check_method(model: ModelArguments, method: str, given: dict[str, object]) -> None:
-    if model.ptuning_checkpoint and not (Path(model.ptuning_checkpoint) / "config.json").is_file():
-        raise SettingsError(f"--ptuning_checkpoint {model.ptuning_checkpoint} is not a folder with a config.json")
-    if model.pre_seq_len is not None and model.pre_seq_len < 1:
-        raise SettingsError(f"--pre_seq_len is {model.pre_seq_len}; give a length of 1 or more, e.g. 128")
-    if model.prefix_init_std <= 0:
-        raise SettingsError(f"--prefix_init_std is {model.prefix_init_std}; give a number above 0")
-    if method == FULL:
-        for flag in ("prefix_projection", "prefix_init_std"):
-            if given.get(flag):
-                raise SettingsError(f"--{flag} belongs to P-Tuning v2: add --pre_seq_len, e.g. 128")
-        if model.quantization_bit:
-            raise SettingsError(
-                f"--quantization_bit {model.quantization_bit} cannot train all parameters; add --pre_seq_len for "
-                "P-Tuning v2, or drop --quantization_bit"
-            )
-    elif given.get("deepspeed"):
-        raise SettingsError(
-            "--deepspeed with --pre_seq_len would train the prefix in half precision, and a prefix has no memory to "
-            "share out; drop --deepspeed (several GPUs work with torchrun alone)"
-        )
-    if model.quantization_bit and importlib.util.find_spec("bitsandbytes") is None:
-        raise SettingsError("--quantization_bit needs the package bitsandbytes: pip install bitsandbytes")
-    if given.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
-        raise SettingsError("--deepspeed needs the package deepspeed: pip install deepspeed")
-
-
-def _check_unsupported(given: dict[str, object], data: DataArguments) -> None:
-    if given.get("bf16") and given.get("fp16"):
-        raise SettingsError("--bf16 and --fp16 exclude each other; give one, or neither (the hardware decides)")
-    if given.get("fp16") and not _has_gpu(given):
-        raise SettingsError("--fp16 needs a GPU, and there is none; drop --fp16 (or use --bf16)")
-    if given.get("label_smoothing_factor"):
-        raise SettingsError("--label_smoothing_factor needs the logits of every position, which are not computed")
-    if given.get("push_to_hub"):
-        raise SettingsError("--push_to_hub is not supported; upload the folder --output_dir when it is finished")
-    if given.get("fsdp"):
-        raise SettingsError("--fsdp is not supported; use --deepspeed finetune_chatmodel_demo/configs/ds_zero2.json")
-    wants_evaluation = given.get("do_eval") or given.get("eval_strategy", "no") != "no"
-    if wants_evaluation and not data.validation_file:
-        raise SettingsError("evaluation needs --validation_file; give one, or drop --eval_strategy and --do_eval")
-
-
-def _has_gpu(given: dict[str, object]) -> bool:
-    return torch.cuda.is_available() and not given.get("use_cpu")
-
-
-def _build_training_arguments(
-    given: dict[str, object], data: DataArguments, method: str, notices: list[str]
-) -> TrainingArguments:
-    names = {item.name for item in fields(TrainingArguments)}
-    chosen = _select(given, TrainingArguments)
+def _build_training_arguments(settings: Settings) -> TrainingArguments:
+    given = settings.given
+    kind = _training_arguments_class(settings.stage.stage)
+    names = {item.name for item in fields(kind)}
+    chosen = _select(given, kind)
     # transformers 5.23 renamed the flag; both names work, and the old one warns.
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
     wanted = chosen.pop("gradient_checkpointing", None)
     if chosen.get(checkpointing) is None:
-        chosen[checkpointing] = _has_gpu(given) if wanted is None else wanted
+        chosen[checkpointing] = has_gpu(given) if wanted is None else wanted
     defaults = {
-        "learning_rate": DEFAULT_LEARNING_RATE[method],
+        "learning_rate": DEFAULT_LEARNING_RATE[settings.method] * STAGE_LEARNING_RATE_SHARE[settings.stage.stage],
         "warmup_steps": _default_warmup(given),
         "logging_steps": 10,
         "train_sampling_strategy": GROUP_BY_LENGTH,
         "ddp_find_unused_parameters": False,
         f"{checkpointing}_kwargs": {"use_reentrant": False},
-        "dataloader_pin_memory": _has_gpu(given),
+        "dataloader_pin_memory": has_gpu(given),
         **_default_precision(given),
-        **_default_evaluation(given, data),
+        **_default_evaluation(settings),
     }
     forced = {"remove_unused_columns": False, "label_names": ["labels"], "logging_nan_inf_filter": False}
     try:
-        training = TrainingArguments(**{**defaults, **chosen, **forced})
+        training = kind(**{**defaults, **chosen, **forced})
     except ValueError as error:
         raise SettingsError(str(error)) from error
     if training.n_gpu > 1:
-        notices.append(f"one of {training.n_gpu} GPUs is used; start with torchrun (NUM_GPUS in the scripts) for more")
+        settings.notices.append(
+            f"one of {training.n_gpu} GPUs is used; start with torchrun (NUM_GPUS in the scripts) for more"
+        )
         training._n_gpu = 1  # DataParallel would gather every batch on one GPU
     return training
 
@@ -206,53 +201,68 @@ def _default_warmup(given: dict[str, object]) -> float:
 
 
 def _default_precision(given: dict[str, object]) -> dict[str, bool]:
-    if "bf16" in given or "fp16" in given or not _has_gpu(given):
+    if "bf16" in given or "fp16" in given or not has_gpu(given):
         return {}
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return {"bf16": True} if has_bf16 else {"fp16": True}
 
 
-def _default_evaluation(given: dict[str, object], data: DataArguments) -> dict[str, object]:
+def _default_evaluation(settings: Settings) -> dict[str, object]:
     """Evaluation at each checkpoint, when there is something to evaluate on."""
-    if not data.validation_file:
+    if not settings.has_validation or not settings.does_train:
         return {}
-    strategy = given.get("save_strategy", "steps")
-    return {"eval_strategy": strategy, "eval_steps": given.get("save_steps", 500) if strategy == "steps" else None}
+    strategy = settings.given.get("save_strategy", "steps")
+    steps = settings.given.get("save_steps", 500) if strategy == "steps" else None
+    return {"eval_strategy": strategy, "eval_steps": steps}
 
 
-def _find_checkpoint(training: TrainingArguments, method: str) -> Path | None:
+def _find_checkpoint(training: TrainingArguments, settings: Settings) -> Path | None:
     """Resolves --resume_from_checkpoint: True (the newest whole one in output_dir), a path, or False."""
     wanted = training.resume_from_checkpoint
     if wanted is None or str(wanted).lower() in ("false", "none", "no", ""):
         return None
-    if _is_true(wanted):
+    if is_true(wanted):
         checkpoint = find_last_checkpoint(training.output_dir)
+        manifest = read_whole_checkpoint(checkpoint) if checkpoint else {}
     else:
         checkpoint = Path(wanted)
-        read_whole_checkpoint(checkpoint)
+        manifest = read_whole_checkpoint(checkpoint)
     if checkpoint is not None:
-        found = P_TUNING if is_prefix_checkpoint(checkpoint) else FULL
-        if found != method:
-            raise SettingsError(
-                f"{checkpoint} is a checkpoint of {found}, and this run trains {method}; choose another --output_dir"
-            )
+        _check_same_kind(checkpoint, manifest, settings)
     return checkpoint
 
 
-def _is_true(value: object) -> bool:
+def _check_same_kind(checkpoint: Path, manifest: dict[str, object], settings: Settings) -> None:
+    """A checkpoint of another method or stage holds other parameters."""
+    titles = {**METHOD_TITLES, **{title: title for title in METHOD_TITLES.values()}}  # manifests once had the titles
+    found = titles.get(manifest.get("method"), str(manifest.get("method")))
+    if found != settings.method_title:
+        raise SettingsError(
+            f"{checkpoint} is a checkpoint of {found}, and this run trains {settings.method_title}; choose another "
+            "--output_dir"
+        )
+    stage = manifest.get("stage", "sft")
+    if stage != settings.stage.stage:
+        raise SettingsError(
+            f"{checkpoint} is a checkpoint of stage {stage}, and this is a run of stage {settings.stage.stage}; choose "
+            "another --output_dir"
+        )
+
+
+def is_true(value: object) -> bool:
+    """Whether a flag's value says yes."""
     return str(value).lower() in ("true", "yes")
 
 
-def _check_earlier_run(
-    training: TrainingArguments, run: RunArguments, checkpoint: Path | None, notices: list[str]
-) -> None:
+def _check_earlier_run(settings: Settings) -> None:
     """Keeps two runs apart: a later resume would otherwise continue with the checkpoint of the wrong one."""
+    training = settings.training
     earlier = list_checkpoints(training.output_dir)
-    if checkpoint is not None or run.overwrite_output_dir:
+    if settings.checkpoint is not None or settings.run.overwrite_output_dir:
         return
-    if _is_true(training.resume_from_checkpoint):
+    if is_true(training.resume_from_checkpoint):
         damaged = f" ({len(earlier)} damaged)" if earlier else ""
-        notices.append(f"no whole checkpoint in {training.output_dir}{damaged}: starting from the beginning")
+        settings.notices.append(f"no whole checkpoint in {training.output_dir}{damaged}: starting from the beginning")
     elif earlier:
         raise SettingsError(
             f"--output_dir {training.output_dir} holds {earlier[-1].name} of an earlier run; continue it with "

@@ -1,166 +1,41 @@
-"""transformers' Trainer with what this project's runs need on top.
+"""The trainer of pre-training and supervised fine-tuning: the loss of supervised tokens, validated per token."""
 
-Rows in units of similar length, tokens per second, a stop at the first loss that is not a number, validation loss per
-token, and checkpoints that are whole or not there.
-"""
-
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset, Sampler
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase
 
-from finetune_chatmodel_demo.chatglm3.checkpoints import load_prefix, save_prefix
-from finetune_chatmodel_demo.chatglm3.loading import load_model
+from finetune_chatmodel_demo.conversation.collating import PadCollator
 from finetune_chatmodel_demo.conversation.rendering import IGNORED_LABEL
-from finetune_chatmodel_demo.training.arguments import GROUP_BY_LENGTH
-from finetune_chatmodel_demo.training.callbacks import EpochOrder, StuckLossWarning, Throughput
-from finetune_chatmodel_demo.training.checkpoints import (
-    partial_folder,
-    publish_checkpoint,
-    publish_files,
-    remove_old_checkpoints,
-    start_partial,
-)
-from finetune_chatmodel_demo.training.plots import plot_loss
-from finetune_chatmodel_demo.training.sampling import FixedOrder, LengthGroupedBatches
-from finetune_chatmodel_demo.training.settings import P_TUNING, Settings
-
-LOSS_CURVE = "training_loss.png"
-RESULT = "result"
+from finetune_chatmodel_demo.training.arguments import P_TUNING
+from finetune_chatmodel_demo.training.callbacks import StuckLossWarning
+from finetune_chatmodel_demo.training.run_trainer import RunTrainer
+from finetune_chatmodel_demo.training.settings import Settings
 
 
-class NonFiniteLossError(RuntimeError):
-    """The loss or the gradient became infinite or not a number."""
-
-
-class NumberedRows(Dataset):
-    """A dataset whose items know their index, so that a bad batch can be named."""
-
-    def __init__(self, rows: Any) -> None:
-        self.rows = rows
-        self.lengths: list[int] = rows.lengths
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.rows[index], "row_index": index}
-
-
-class NumberedCollator:
-    """Pads with another collator and adds `row_index` (B,) and `token_counts` (B, 2): all, supervised."""
-
-    def __init__(self, collate: Callable[[list[dict]], dict[str, torch.Tensor]]) -> None:
-        self.collate = collate
-
-    def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        batch = self.collate([{"input_ids": item["input_ids"], "labels": item["labels"]} for item in items])
-        supervised = (batch["labels"][:, 1:] != IGNORED_LABEL).sum(dim=1)
-        lengths = torch.tensor([len(item["input_ids"]) for item in items])
-        batch["row_index"] = torch.tensor([item["row_index"] for item in items])
-        batch["token_counts"] = torch.stack([lengths, supervised], dim=1)
-        return batch
-
-
-class ChatTrainer(Trainer):
-    """Trains a prefix or a whole ChatGLM3 on rendered conversations."""
+class ChatTrainer(RunTrainer):
+    """Trains on rows of `input_ids` and `labels`."""
 
     def __init__(
         self,
         model: nn.Module,
         settings: Settings,
         tokenizer: PreTrainedTokenizerBase,
-        collate: Callable[[list[dict]], dict[str, torch.Tensor]],
-        train_rows: Any,
+        train_rows: Any | None,
         validation_rows: Any | None = None,
     ) -> None:
-        """
-        Args:
-            model: from `load_model`, with a prefix for P-Tuning v2.
-            settings: the decided run.
-            tokenizer: saved beside a whole model.
-            collate: pads items of `input_ids` and `labels`.
-            train_rows: map-style dataset with `.lengths` and `.where(row)`.
-            validation_rows: the same, or None.
-        """
-        self.settings = settings
-        self.tokenizer_to_save = tokenizer
-        self.throughput = Throughput()
-        self._rows_of_step: list[torch.Tensor] = []
+        """Arguments: see `RunTrainer`."""
         self._validation, self._validated = torch.zeros(2, dtype=torch.float64), set[int]()
-        uses_cache = model.config.use_cache
-        if getattr(model, "is_quantized", False):
-            model._hf_peft_config_loaded = True  # Trainer asks for an adapter on a quantized base; the prefix is one
         super().__init__(
-            model=model,
-            args=settings.training,
-            data_collator=NumberedCollator(collate),
-            train_dataset=NumberedRows(train_rows),
-            eval_dataset=None if validation_rows is None else NumberedRows(validation_rows),
-            callbacks=[self.throughput, EpochOrder(self), StuckLossWarning(settings.method == P_TUNING)],
+            model,
+            settings,
+            tokenizer,
+            PadCollator(tokenizer.pad_token_id),
+            train_rows,
+            validation_rows,
+            callbacks=[StuckLossWarning(settings.method == P_TUNING)],
         )
-        model._hf_peft_config_loaded = False
-        # Trainer writes use_cache=False into the configuration; saved with it, the model would answer slowly.
-        self.model.config.use_cache = uses_cache
-
-    # Order of the rows
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        strategy = self.args.train_sampling_strategy
-        if strategy not in (GROUP_BY_LENGTH, "random"):
-            return super()._get_train_sampler(train_dataset)
-        rows = self.train_dataset if train_dataset is None else train_dataset
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        unit = self._train_batch_size * self.args.world_size
-        self.row_order = LengthGroupedBatches(rows.lengths, unit, seed, is_grouped=strategy == GROUP_BY_LENGTH)
-        return self.row_order
-
-    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
-        """Longest rows first: little padding, and too little memory shows at once."""
-        order = sorted(range(len(eval_dataset)), key=lambda i: eval_dataset.lengths[i], reverse=True)
-        self._validation_positions = {row: position for position, row in enumerate(order)}
-        return FixedOrder(order)
-
-    # Steps
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
-    ) -> torch.Tensor:
-        """One batch forward and backward.
-
-        Raises:
-            NonFiniteLossError: when the loss is not finite; the message names the batch's rows.
-        """
-        self._rows_of_step.append(inputs.pop("row_index"))
-        counts = inputs.pop("token_counts")
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            raise NonFiniteLossError(self._describe_failure(f"the loss is {loss.item()}", self._rows_of_step[-1:]))
-        self.throughput.add(counts.sum(dim=0))
-        return loss
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        rows, self._rows_of_step = self._rows_of_step, []
-        has_loss_scaling = self.settings.precision == "float16" or self.is_deepspeed_enabled
-        if norm is not None and not has_loss_scaling and not torch.isfinite(torch.as_tensor(norm)):
-            raise NonFiniteLossError(self._describe_failure(f"the gradient's norm is {float(norm)}", rows))
-        return norm
-
-    def _describe_failure(self, what: str, rows: list[torch.Tensor]) -> str:
-        indices = sorted(int(index) for batch in rows for index in batch)
-        places = "; ".join(f"row {index} ({self.train_dataset.rows.where(index)})" for index in indices)
-        return (
-            f"{what} at step {self.state.global_step + 1}, in the batch of {places}. Nothing of this step was applied "
-            "or saved. Look at the rows with inspect_data.py; if they are in order, lower --learning_rate, or use "
-            "--bf16 instead of --fp16, and continue with --resume_from_checkpoint True"
-        )
-
-    # Validation
 
     def prediction_step(
         self,
@@ -197,104 +72,3 @@ class ChatTrainer(Trainer):
         if name in output.metrics:
             output.metrics[name] = (totals[0] / totals[1].clamp(min=1)).item()
         return output
-
-    # Log
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds tokens per second to every entry with a training loss."""
-        if "loss" in logs:
-            logs.update(self.throughput.collect(self.accelerator))
-        super().log(logs, start_time)
-
-    # Checkpoints
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        self.store_flos()
-        partial = self._start_partial(folder)
-        self.save_model(str(partial), _internal_call=True)
-        if not self.args.save_only_model:
-            self._save_optimizer_and_scheduler(str(partial))
-            self._save_scaler(str(partial))
-            self._save_rng_state(str(partial))
-        if self.state.best_global_step == self.state.global_step:
-            self.state.best_model_checkpoint = str(folder)
-        if self.args.should_save:
-            self.state.stateful_callbacks["TrainerControl"] = self.control.state()
-            self.state.save_to_json(str(partial / "trainer_state.json"))
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            manifest = {"step": self.state.global_step, "method": self.settings.method, "run": self.describe_run()}
-            publish_checkpoint(folder, manifest)
-            remove_old_checkpoints(self.args.output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
-            self.plot()
-        self.accelerator.wait_for_everyone()
-
-    def _start_partial(self, folder: Path) -> Path:
-        if self.args.should_save:
-            start_partial(folder)
-        self.accelerator.wait_for_everyone()
-        return partial_folder(folder)
-
-    def save_result(self) -> None:
-        """Writes the trained prefix or model, the state and the loss curve into `output_dir` itself."""
-        folder = Path(self.args.output_dir)
-        partial = self._start_partial(folder / RESULT)
-        self.save_model(str(partial), _internal_call=True)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            self.state.save_to_json(str(partial / "trainer_state.json"))
-            publish_files(partial, folder)
-            self.plot()
-
-    def plot(self) -> None:
-        """Draws the loss curve into `output_dir`."""
-        plot_loss(self.state.log_history, Path(self.args.output_dir) / LOSS_CURVE)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        if self.settings.method == P_TUNING:
-            save_prefix(
-                self.model,
-                folder,
-                base_model=self.settings.model.model_name_or_path,
-                prompt_format=self.settings.data.train_format,
-            )
-        else:
-            self.model.config.prompt_format = self.settings.data.train_format  # inference.py reads it
-            self.model.save_pretrained(folder, state_dict=state_dict)
-            self.tokenizer_to_save.save_pretrained(folder)
-
-    def describe_run(self) -> dict[str, Any]:
-        """What decides the course of a run; a resumed run is compared with it."""
-        data, args, model = self.settings.data, self.args, self.settings.model
-        return {
-            "train_format": data.train_format,
-            "train_file": Path(data.train_file).name,
-            "rows": len(self.train_dataset),
-            "tokens": sum(self.train_dataset.lengths),
-            "pre_seq_len": model.pre_seq_len,
-            "learning_rate": args.learning_rate,
-            "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
-            "max_steps": args.max_steps,
-            "num_train_epochs": None if args.max_steps > 0 else args.num_train_epochs,
-            "per_device_train_batch_size": args.per_device_train_batch_size,
-            "gradient_accumulation_steps": args.gradient_accumulation_steps,
-            "processes": args.world_size,
-            "seed": args.seed,
-            "precision": self.settings.precision,
-        }
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Does nothing: `workflow` loads the weights of a checkpoint in place of the base model's."""
-
-    def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
-        if self.settings.method == P_TUNING:
-            load_prefix(self.model, best)
-        elif self.is_deepspeed_enabled:
-            super()._load_best_model()
-        else:
-            self.model.load_state_dict(load_model(best, dtype=torch.float32, device="cpu").state_dict())

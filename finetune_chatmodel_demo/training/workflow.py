@@ -5,29 +5,27 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import set_seed
 
-from finetune_chatmodel_demo.chatglm3.loading import load_model, load_tokenizer
-from finetune_chatmodel_demo.conversation.collating import PadCollator
+from finetune_chatmodel_demo.chatglm3.loading import load_tokenizer
 from finetune_chatmodel_demo.conversation.datasets import build_dataset
-from finetune_chatmodel_demo.training.arguments import SettingsError
 from finetune_chatmodel_demo.training.checkpoints import (
     list_checkpoints,
     read_whole_checkpoint,
     remove_checkpoint,
     remove_leftovers,
 )
+from finetune_chatmodel_demo.training.methods import prepare_model
 from finetune_chatmodel_demo.training.report import count_steps, describe_start, sanity_check
-from finetune_chatmodel_demo.training.settings import P_TUNING, Settings
-from finetune_chatmodel_demo.training.trainer import ChatTrainer
+from finetune_chatmodel_demo.training.run_trainer import RunTrainer
+from finetune_chatmodel_demo.training.settings import Settings
 
 SETTINGS_FILE = "settings.json"
 
 logger = logging.getLogger(__name__)
 
 
-def run_finetuning(settings: Settings) -> ChatTrainer:
+def run_finetuning(settings: Settings) -> RunTrainer:
     """Trains, validates and saves.
 
     Args:
@@ -49,9 +47,8 @@ def run_finetuning(settings: Settings) -> ChatTrainer:
     validation_rows = None
     if settings.data.validation_file:
         validation_rows = _read_rows(settings, settings.data.validation_file, tokenizer)
-    model = _load(settings)
-    collate = PadCollator(tokenizer.pad_token_id)
-    trainer = ChatTrainer(model, settings, tokenizer, collate, train_rows, validation_rows)
+    model = prepare_model(settings)
+    trainer = trainer_class(settings.stage.stage)(model, settings, tokenizer, train_rows, validation_rows)
     if args.should_log:
         _print_start(settings, trainer, tokenizer, validation_rows)
     if args.should_save:
@@ -69,37 +66,26 @@ def _read_rows(settings: Settings, path: str, tokenizer: Any) -> Any:
     return build_dataset(settings.data.train_format, path, tokenizer, **settings.data.dataset_options())
 
 
-def _load(settings: Settings) -> torch.nn.Module:
-    """The base model with the checkpoint's weights in place, ready to train.
+def trainer_class(stage: str) -> type[RunTrainer]:
+    """The trainer of a stage; what it needs is imported with it."""
+    if stage == "rm":
+        from finetune_chatmodel_demo.training.stages.rm import RewardTrainer
 
-    Raises:
-        SettingsError: when the model or the prefix cannot be loaded.
-    """
-    model_arguments = settings.model
-    is_prefix = settings.method == P_TUNING
-    path: str | Path = model_arguments.model_name_or_path
-    if settings.checkpoint and not is_prefix:
-        path = settings.checkpoint
-    prefix_checkpoint = settings.checkpoint if is_prefix else None
-    prefix_checkpoint = prefix_checkpoint or model_arguments.ptuning_checkpoint
-    try:
-        model = load_model(
-            path,
-            pt_checkpoint=prefix_checkpoint,
-            pre_seq_len=model_arguments.pre_seq_len,
-            prefix_projection=model_arguments.prefix_projection,
-            quantization_bit=model_arguments.quantization_bit,
-            dtype=settings.weights_dtype,
-            device=settings.training.device,
-        )
-    except (ValueError, OSError) as error:
-        raise SettingsError(str(error)) from error
-    if is_prefix and prefix_checkpoint is None:
-        model.prefix_encoder.reset_parameters(model_arguments.prefix_init_std)
-    return model
+        return RewardTrainer
+    if stage == "dpo":
+        from finetune_chatmodel_demo.training.stages.dpo import PreferenceTrainer
+
+        return PreferenceTrainer
+    if stage == "ppo":
+        from finetune_chatmodel_demo.training.stages.ppo import PPOTrainer
+
+        return PPOTrainer
+    from finetune_chatmodel_demo.training.trainer import ChatTrainer
+
+    return ChatTrainer
 
 
-def _print_start(settings: Settings, trainer: ChatTrainer, tokenizer: Any, validation_rows: Any) -> None:
+def _print_start(settings: Settings, trainer: RunTrainer, tokenizer: Any, validation_rows: Any) -> None:
     rows = trainer.train_dataset.rows
     print(sanity_check(tokenizer, rows[0]["input_ids"], rows[0]["labels"]))
     print(f"training data: {rows.report}")
@@ -111,7 +97,7 @@ def _print_start(settings: Settings, trainer: ChatTrainer, tokenizer: Any, valid
     print(flush=True)
 
 
-def _changes_since(settings: Settings, trainer: ChatTrainer) -> list[str]:
+def _changes_since(settings: Settings, trainer: RunTrainer) -> list[str]:
     """Names what differs from the run that wrote the checkpoint."""
     if settings.checkpoint is None:
         return []
@@ -135,7 +121,7 @@ def _prepare_output(settings: Settings) -> None:
     (folder / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def _train(settings: Settings, trainer: ChatTrainer) -> None:
+def _train(settings: Settings, trainer: RunTrainer) -> None:
     checkpoint = settings.checkpoint
     if checkpoint is None:
         trainer.train()
@@ -153,6 +139,6 @@ def _train(settings: Settings, trainer: ChatTrainer) -> None:
     trainer.train(resume_from_checkpoint=str(checkpoint))
 
 
-def _was_evaluated(trainer: ChatTrainer) -> bool:
+def _was_evaluated(trainer: RunTrainer) -> bool:
     steps = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
     return bool(steps) and steps[-1] == trainer.state.global_step

@@ -1,0 +1,214 @@
+"""Refuses runs that cannot work, before anything is loaded: each error says what to do instead."""
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from finetune_chatmodel_demo.conversation.arguments import DataArguments
+from finetune_chatmodel_demo.training.arguments import FREEZE, FULL, LORA, P_TUNING, ModelArguments, SettingsError
+
+if TYPE_CHECKING:
+    from finetune_chatmodel_demo.training.settings import Settings
+
+# A prefix starts at N(0, 1). A published run at 2e-5 moved it by 0.01 in 1,000 steps and learned nothing.
+LOWEST_SENSIBLE_PREFIX_LEARNING_RATE = 1e-3
+# Flags that mean something for one method only → how to choose it.
+FLAGS_OF_METHOD = {
+    P_TUNING: ("ptuning_checkpoint", "pre_seq_len", "prefix_projection", "prefix_init_std"),
+    LORA: (
+        "adapter_name_or_path",
+        "lora_rank",
+        "lora_alpha",
+        "lora_dropout",
+        "lora_target",
+        "additional_target",
+        "use_rslora",
+        "use_dora",
+    ),
+    FREEZE: ("freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules"),
+}
+HOW_TO_CHOOSE = {
+    P_TUNING: "P-Tuning v2: add --pre_seq_len, e.g. 128",
+    LORA: "LoRA: add --finetuning_type lora",
+    FREEZE: "--finetuning_type freeze",
+}
+FLAGS_OF_STAGE = {
+    "dpo": ("pref_beta", "pref_loss", "pref_ftx", "dpo_label_smoothing"),
+    "ppo": ("reward_model", "reward_function"),
+}
+STREAMING_STAGES = ("pt", "sft")
+
+
+def check_files(model: ModelArguments, data: DataArguments, given: dict[str, object], notices: list[str]) -> None:
+    """Files and folders that must be there.
+
+    Raises:
+        SettingsError: for the first that is missing.
+    """
+    _check_data(data, given)
+    if not model.model_name_or_path:
+        raise SettingsError("--model_name_or_path is missing: the folder of the base model, e.g. THUDM/chatglm3-6b")
+    folder = Path(model.model_name_or_path)
+    if not (folder / "config.json").is_file():
+        if folder.is_dir() or folder.is_absolute() or len(folder.parts) != 2:
+            raise SettingsError(
+                f"--model_name_or_path {folder} is not a folder with a config.json; THUDM/README.md says how to get "
+                "the weights"
+            )
+        notices.append(f"there is no folder {folder.absolute()}: {folder} is taken for a name on the hub")
+    if not given.get("output_dir"):
+        raise SettingsError("--output_dir is missing: the folder for checkpoints and the result")
+    deepspeed = given.get("deepspeed")
+    if isinstance(deepspeed, str) and not deepspeed.startswith("{") and not Path(deepspeed).is_file():
+        raise SettingsError(f"--deepspeed {deepspeed} does not exist")
+
+
+def _check_data(data: DataArguments, given: dict[str, object]) -> None:
+    if data.train_file and data.dataset:
+        raise SettingsError("--train_file and --dataset exclude each other; give a file, or names of the registry")
+    if data.validation_file and data.eval_dataset:
+        raise SettingsError("--validation_file and --eval_dataset exclude each other; give one")
+    if data.val_size and (data.validation_file or data.eval_dataset):
+        raise SettingsError("--val_size takes validation rows from the training data; drop it, or the validation data")
+    trains = given.get("do_train") or not (given.get("do_eval") or given.get("do_predict"))
+    if trains and not (data.train_file or data.dataset):
+        raise SettingsError(
+            "--train_file is missing: the JSON or JSON lines file to train on (or --dataset: names of a registry)"
+        )
+    for flag in ("train_file", "validation_file"):
+        path = getattr(data, flag)
+        if path and not Path(path).is_file():
+            raise SettingsError(f"--{flag} {path} does not exist (the current folder is {Path.cwd()})")
+
+
+def check_settings(settings: "Settings") -> None:
+    """Combinations of method, stage, data and hardware.
+
+    Args:
+        settings: decided but for `training` and `checkpoint`, which are None. Notices are added to it.
+
+    Raises:
+        SettingsError: for the first combination that cannot work.
+    """
+    _check_method(settings)
+    _check_stage(settings)
+    _check_quantization(settings)
+    _check_deepspeed(settings)
+    _check_unsupported(settings.given)
+    _check_evaluation(settings)
+    _check_streaming(settings)
+
+
+def _check_method(settings: "Settings") -> None:
+    model, method, given = settings.model, settings.method, settings.given
+    if model.ptuning_checkpoint and not (Path(model.ptuning_checkpoint) / "config.json").is_file():
+        raise SettingsError(f"--ptuning_checkpoint {model.ptuning_checkpoint} is not a folder with a config.json")
+    if model.pre_seq_len is not None and model.pre_seq_len < 1:
+        raise SettingsError(f"--pre_seq_len is {model.pre_seq_len}; give a length of 1 or more, e.g. 128")
+    if model.prefix_init_std <= 0:
+        raise SettingsError(f"--prefix_init_std is {model.prefix_init_std}; give a number above 0")
+    for owner, flags in FLAGS_OF_METHOD.items():
+        for flag in flags:
+            if owner != method and given.get(flag):
+                raise SettingsError(
+                    f"--{flag} belongs to {HOW_TO_CHOOSE[owner]} (this run trains {settings.method_title}), or drop it"
+                )
+    rate = given.get("learning_rate")
+    if method == P_TUNING and rate is not None and rate < LOWEST_SENSIBLE_PREFIX_LEARNING_RATE:
+        settings.notices.append(
+            f"the learning rate {rate:g} is low for P-Tuning v2: a prefix starts at N(0, 1) and hardly moves at such a "
+            "rate; the original's scripts use 2e-2"
+        )
+
+
+def _check_stage(settings: "Settings") -> None:
+    stage, given = settings.stage.stage, settings.given
+    for owner, flags in FLAGS_OF_STAGE.items():
+        for flag in flags:
+            if owner != stage and given.get(flag) is not None:
+                raise SettingsError(f"--{flag} belongs to --stage {owner}, and this run's stage is {stage}; drop it")
+    if given.get("ref_model") and stage not in ("dpo", "ppo"):
+        raise SettingsError(f"--ref_model belongs to --stage dpo or ppo, and this run's stage is {stage}; drop it")
+    if stage == "rm" and settings.method == P_TUNING:
+        raise SettingsError(
+            "--stage rm trains a score head, which a prefix checkpoint has no place for; use --finetuning_type lora, "
+            "freeze or full"
+        )
+    if given.get("do_predict") and stage != "sft":
+        raise SettingsError(f"--do_predict writes answers, which --stage {stage} does not train; use it with sft")
+    if settings.data.train_format == "input-output":
+        if stage != "sft":
+            raise SettingsError(f"--train_format input-output belongs to --stage sft, not {stage}; drop it")
+        if settings.data.dataset:
+            raise SettingsError("--train_format describes --train_file; with --dataset the registry says the format")
+
+
+def _check_quantization(settings: "Settings") -> None:
+    bits = settings.model.quantization_bit
+    if not bits:
+        return
+    if settings.method in (FREEZE, FULL):
+        raise SettingsError(
+            f"--quantization_bit {bits} cannot train {settings.method_title}; add --pre_seq_len for P-Tuning v2 or "
+            "--finetuning_type lora, or drop --quantization_bit"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise SettingsError("--quantization_bit needs the package bitsandbytes: pip install bitsandbytes")
+
+
+def _check_deepspeed(settings: "Settings") -> None:
+    if not settings.given.get("deepspeed"):
+        return
+    if settings.method == P_TUNING:
+        raise SettingsError(
+            "--deepspeed with --pre_seq_len would train the prefix in half precision, and a prefix has no memory to "
+            "share out; drop --deepspeed (several GPUs work with torchrun alone)"
+        )
+    if settings.stage.stage not in ("pt", "sft"):
+        raise SettingsError(f"--deepspeed works with --stage pt and sft, not with {settings.stage.stage}; drop it")
+    if importlib.util.find_spec("deepspeed") is None:
+        raise SettingsError("--deepspeed needs the package deepspeed: pip install deepspeed")
+
+
+def _check_unsupported(given: dict[str, object]) -> None:
+    if given.get("bf16") and given.get("fp16"):
+        raise SettingsError("--bf16 and --fp16 exclude each other; give one, or neither (the hardware decides)")
+    if given.get("fp16") and not has_gpu(given):
+        raise SettingsError("--fp16 needs a GPU, and there is none; drop --fp16 (or use --bf16)")
+    if given.get("label_smoothing_factor"):
+        raise SettingsError("--label_smoothing_factor needs the logits of every position, which are not computed")
+    if given.get("push_to_hub"):
+        raise SettingsError("--push_to_hub is not supported; upload the folder --output_dir when it is finished")
+    if given.get("fsdp"):
+        raise SettingsError("--fsdp is not supported; use --deepspeed finetune_chatmodel_demo/configs/ds_zero2.json")
+
+
+def _check_evaluation(settings: "Settings") -> None:
+    given = settings.given
+    if settings.has_validation:
+        return
+    how = "give --validation_file, --eval_dataset or --val_size"
+    if given.get("do_predict"):
+        raise SettingsError(f"--do_predict answers the validation data, and there is none: {how}")
+    if given.get("do_eval") or given.get("eval_strategy", "no") != "no":
+        raise SettingsError(f"evaluation needs --validation_file or the like: {how}, or drop --eval_strategy/--do_eval")
+    if given.get("lr_scheduler_type") == "reduce_lr_on_plateau":
+        raise SettingsError(f"reduce_lr_on_plateau follows the validation loss, and there is no validation data: {how}")
+
+
+def _check_streaming(settings: "Settings") -> None:
+    if not settings.data.streaming:
+        return
+    if settings.given.get("max_steps", -1) <= 0:
+        raise SettingsError("--streaming does not know how many rows there are; say how long to train: --max_steps N")
+    if settings.stage.stage not in STREAMING_STAGES:
+        raise SettingsError(f"--streaming works with --stage pt and sft, not with {settings.stage.stage}; drop it")
+    if 0 < settings.data.val_size < 1:
+        raise SettingsError("--streaming cannot split off a share; give --val_size as a number of rows, e.g. 100")
+
+
+def has_gpu(given: dict[str, object]) -> bool:
+    """Whether the run will use a GPU."""
+    return torch.cuda.is_available() and not given.get("use_cpu")

@@ -1,0 +1,252 @@
+"""The four tuning methods: which parameters of a model are trained, how they are saved and loaded again.
+
+    ptuning   a P-Tuning v2 prefix in front of a frozen model        saved: the prefix
+    lora      low-rank adapters in a frozen model                    saved: the adapter
+    freeze    some layers, the rest is frozen                        saved: the model
+    full      all parameters                                         saved: the model
+
+Exercise it with `pytest tests/test_methods.py`.
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from finetune_chatmodel_demo.chatglm3.adapters import add_adapter, load_adapter, save_adapter
+from finetune_chatmodel_demo.chatglm3.checkpoints import load_prefix, save_prefix
+from finetune_chatmodel_demo.chatglm3.loading import load_model
+from finetune_chatmodel_demo.training.arguments import FREEZE, FULL, LORA, P_TUNING, SettingsError
+from finetune_chatmodel_demo.training.settings import Settings
+
+# Beside a half-precision model: the trained parameters as they were, so that a resumed run continues exactly.
+TRAINED_FILE = "trained_parameters.safetensors"
+# The original code's names of a layer's parts.
+OFFICIAL_PARTS = {
+    "self_attention": ["self_attn"],
+    "query_key_value": ["q_proj", "k_proj", "v_proj"],
+    "dense": ["o_proj"],
+    "dense_h_to_4h": ["gate_up_proj"],
+    "dense_4h_to_h": ["down_proj"],
+    "word_embeddings": ["embed_tokens"],
+    "embedding": ["embed_tokens"],
+    "final_layernorm": ["norm"],
+    "output_layer": ["lm_head"],
+}
+
+
+def prepare_model(settings: Settings) -> nn.Module:
+    """The base model with what the method trains, from the run's checkpoint where it is resumed.
+
+    Returns:
+        A model in evaluation mode. Trained parameters are float32, except under DeepSpeed, which keeps its own copy.
+
+    Raises:
+        SettingsError: when the model, prefix or adapter cannot be loaded.
+    """
+    try:
+        model = _load_base(settings)
+        if settings.method == LORA:
+            model = _put_adapter(model, settings)
+        elif settings.method == FREEZE:
+            _freeze(model, settings)
+    except (ValueError, OSError) as error:
+        raise SettingsError(str(error)) from error
+    if not settings.training.deepspeed:
+        _train_in_float32(model)
+    if settings.method == FREEZE and settings.checkpoint:
+        _load_trained_parameters(model, settings.checkpoint)
+    return model.eval()
+
+
+def _load_base(settings: Settings) -> nn.Module:
+    arguments = settings.model
+    is_prefix = settings.method == P_TUNING
+    path: str | Path = arguments.model_name_or_path
+    if settings.checkpoint and settings.method in (FREEZE, FULL):
+        path = settings.checkpoint
+    prefix_checkpoint = (settings.checkpoint or arguments.ptuning_checkpoint) if is_prefix else None
+    model = load_model(
+        path,
+        pt_checkpoint=prefix_checkpoint,
+        pre_seq_len=settings.pre_seq_len,
+        prefix_projection=arguments.prefix_projection,
+        quantization_bit=arguments.quantization_bit,
+        dtype=settings.weights_dtype,
+        device=settings.training.device,
+        head="score" if settings.stage.stage == "rm" else "lm",
+    )
+    if is_prefix and prefix_checkpoint is None:
+        model.prefix_encoder.reset_parameters(arguments.prefix_init_std)
+    return model
+
+
+def _put_adapter(model: nn.Module, settings: Settings) -> nn.Module:
+    tuning = settings.tuning
+    start = settings.checkpoint or tuning.adapter_name_or_path
+    if start:
+        return load_adapter(model, start, is_trainable=True)
+    return add_adapter(
+        model,
+        rank=tuning.lora_rank,
+        alpha=tuning.lora_alpha,
+        dropout=tuning.lora_dropout,
+        target=tuning.lora_target,
+        additional_target=tuning.additional_target,
+        use_rslora=tuning.use_rslora,
+        use_dora=tuning.use_dora,
+    )
+
+
+def _freeze(model: nn.Module, settings: Settings) -> None:
+    """Leaves only the parameters of the chosen layers and modules trainable, and a score head.
+
+    Raises:
+        SettingsError: for a number of layers that the model does not have, or an unknown module.
+    """
+    tuning, layers = settings.tuning, model.model.layers
+    count = tuning.freeze_trainable_layers
+    if not 0 < abs(count) <= len(layers):
+        raise SettingsError(
+            f"--freeze_trainable_layers is {count}; the model has {len(layers)} layers: give 1 to {len(layers)} (the "
+            f"last ones) or -1 to -{len(layers)} (the first ones)"
+        )
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    chosen = list(layers)[-count:] if count > 0 else list(layers)[:-count]
+    parts = None if tuning.freeze_trainable_modules.strip() == "all" else tuning.freeze_trainable_modules
+    for layer in chosen:
+        for module in [layer] if parts is None else _find_parts(layer, parts, "--freeze_trainable_modules"):
+            module.requires_grad_(True)
+    outside = _Outside(model)
+    for module in _find_parts(outside, tuning.freeze_extra_modules or "", "--freeze_extra_modules"):
+        module.requires_grad_(True)
+    if hasattr(model, "score"):
+        model.score.requires_grad_(True)
+
+
+class _Outside:
+    """What a model has beside its layers, in the form that `_find_parts` asks for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules_by_name = {
+            name: module
+            for name, module in model.named_modules()
+            if name and ".layers" not in name and any(True for _ in module.parameters(recurse=False))
+        }
+
+    def named_modules(self) -> list[tuple[str, nn.Module]]:
+        return list(self.modules_by_name.items())
+
+
+def _find_parts(owner: Any, names: str, flag: str) -> list[nn.Module]:
+    """The modules of `owner` that are named in a,b,c; the original code's names count too."""
+    known: dict[str, nn.Module] = {name.rpartition(".")[2]: part for name, part in owner.named_modules() if name}
+    found = []
+    for name in filter(None, (part.strip() for part in names.split(","))):
+        parts = [name] if name in known else OFFICIAL_PARTS.get(name, [])
+        if not parts or any(part not in known for part in parts):
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(known))}"
+            raise SettingsError(f"{flag}: there is no module {name!r}; {hint}")
+        found += [known[part] for part in parts]
+    return found
+
+
+def _train_in_float32(model: nn.Module) -> None:
+    """Half precision would round small steps away."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
+
+
+def _load_trained_parameters(model: nn.Module, folder: Path) -> None:
+    if (folder / TRAINED_FILE).is_file():
+        model.load_state_dict(load_file(folder / TRAINED_FILE), strict=False)
+
+
+def save_trained(
+    model: nn.Module,
+    settings: Settings,
+    folder: Path,
+    tokenizer: Any,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Writes what the method trains, in the form that inference.py and `prepare_model` read.
+
+    Args:
+        model: from `prepare_model`.
+        settings: the run.
+        folder: where to.
+        tokenizer: saved beside a whole model.
+        state_dict: the model's state where its parameters are spread over processes.
+    """
+    facts = {"base_model": settings.model.model_name_or_path, "prompt_format": settings.prompt_format}
+    if settings.method == P_TUNING:
+        save_prefix(model, folder, state_dict=state_dict, **facts)
+    elif settings.method == LORA:
+        save_adapter(model, folder, state_dict=state_dict, **facts)
+    else:
+        _save_model(model, settings, folder, state_dict)
+        tokenizer.save_pretrained(folder)
+
+
+def _save_model(
+    model: nn.Module, settings: Settings, folder: Path, state_dict: Mapping[str, torch.Tensor] | None
+) -> None:
+    """Writes the model in the official layout, all of it in one dtype."""
+    model.config.prompt_format = settings.prompt_format  # inference.py reads it
+    if settings.method == FREEZE and settings.weights_dtype != torch.float32 and state_dict is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        trained = {name: value.data.contiguous() for name, value in model.named_parameters() if value.requires_grad}
+        save_file(trained, folder / TRAINED_FILE, metadata={"format": "pt"})
+        state_dict = {name: value.to(settings.weights_dtype) for name, value in model.state_dict().items()}
+    model.save_pretrained(folder, state_dict=None if state_dict is None else dict(state_dict))
+
+
+def load_trained(model: nn.Module, settings: Settings, folder: str | Path) -> None:
+    """Puts the parameters of a checkpoint into `model`, which the same method prepared (the best one, at the end)."""
+    if settings.method == P_TUNING:
+        load_prefix(model, folder)
+    elif settings.method == LORA:
+        from peft.utils import load_peft_weights, set_peft_model_state_dict
+
+        set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+    else:
+        head = "score" if settings.stage.stage == "rm" else "lm"
+        saved = load_model(folder, dtype=torch.float32, device="cpu", head=head).state_dict()
+        model.load_state_dict(saved)
+        _load_trained_parameters(model, Path(folder))
+
+
+@contextmanager
+def without_tuning(model: nn.Module) -> Iterator[None]:
+    """Within this context a model with a prefix or an adapter is its base: the reference of dpo and ppo.
+
+    Raises:
+        ValueError: for a model whose own parameters are trained (freeze, full): its base is gone.
+    """
+    if hasattr(model, "disable_adapter"):
+        with model.disable_adapter():
+            yield
+    elif getattr(model, "prefix_encoder", None) is not None:
+        with model.prefix_disabled():
+            yield
+    else:
+        raise ValueError("the model has neither a prefix nor an adapter that could be switched off")
+
+
+def describe_method(settings: Settings, model: nn.Module) -> str:
+    """The method in words, for the table before the start."""
+    if settings.method == P_TUNING:
+        return f"{settings.method_title}, a prefix of {model.prefix_encoder.length} positions"
+    if settings.method == LORA:
+        config = model.peft_config[model.active_adapter]
+        modules = ", ".join(sorted(config.target_modules))
+        return f"{settings.method_title}, rank {config.r}, alpha {config.lora_alpha}, in {modules}"
+    return settings.method_title
