@@ -57,7 +57,7 @@ def generate_replies(
     with tqdm(total=len(prompts), desc=description, unit="reply", disable=not progress) as bar:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            for i, ids in zip(rows, _generate_ids(model, [prompts[i] for i in rows], settings)):
+            for i, ids in zip(rows, generate_ids(model, [prompts[i] for i in rows], settings)):
                 replies[i] = _read_row(tokenizer, ids, settings.eos_token_id, prompt_format)
             bar.update(len(rows))
     return [replies[i] for i in range(len(prompts))]
@@ -86,7 +86,7 @@ def generate_batch(
     return [reply.text for reply in replies]
 
 
-def _generate_ids(model: Any, prompts: list[list[int]], settings: Any) -> list[list[int]]:
+def generate_ids(model: Any, prompts: list[list[int]], settings: Any) -> list[list[int]]:
     """New ids of one left-padded batch, each row with whatever follows its stop id."""
     width = max(map(len, prompts))
     pad = settings.pad_token_id
