@@ -1,25 +1,48 @@
-"""LoRA adapters (Hu et al., 2021, arXiv:2106.09685) through PEFT: made, saved, loaded, with the names of this project.
+"""LoRA adapters (Hu et al., 2021, arXiv:2106.09685) through PEFT: made, checked, loaded, saved, switched off.
 
-An adapter is a folder: `adapter_model.safetensors` and `adapter_config.json` are PEFT's, `chatglm3_run.json` holds the
-base model's name and the prompt format. Exercise it with `pytest tests/test_adapters.py`.
+Adapters of this project and of the original code are read. Exercise it with `pytest tests/test_adapters.py`.
 """
 
 import difflib
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
+from finetune_chatmodel_demo.chatglm3.adapter_files import (
+    AdapterConfig,
+    AdapterError,
+    is_adapter_checkpoint,
+    read_adapter_config,
+    read_settings,
+    read_tensors,
+    write_adapter,
+    write_run,
+)
+from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
+from finetune_chatmodel_demo.chatglm3.modeling import ChatGLM3ForCausalLM, ChatGLM3ForSequenceClassification
+from finetune_chatmodel_demo.chatglm3.official_adapters import has_official_names, to_own_names
+
 if TYPE_CHECKING:
-    import torch
     from peft import PeftModel
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-RUN_FILE = "chatglm3_run.json"
+__all__ = [
+    "AdapterConfig",
+    "AdapterError",
+    "add_adapter",
+    "check_adapter",
+    "is_adapter_checkpoint",
+    "load_adapter",
+    "read_adapter",
+    "read_adapter_config",
+    "save_adapter",
+    "without_tuning",
+]
+
 # Linear modules of a decoder layer, in the order of their computation.
 LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj")
 # The original code's names, which published commands use as --lora_target.
@@ -29,59 +52,7 @@ OFFICIAL_MODULES = {
     "dense_h_to_4h": ("gate_up_proj",),
     "dense_4h_to_h": ("down_proj",),
 }
-
-
-class AdapterError(ValueError):
-    """An adapter that cannot be made, read, or does not fit the model."""
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """What an adapter says of itself.
-
-    Args:
-        rank: of its matrices.
-        target_modules: the modules that it changes.
-        is_reward_model: whether it belongs in front of a score head (stage rm).
-        base_model: folder or hub name of the model it was trained for; None: unknown.
-        prompt_format: the format it was trained with; None: an adapter from elsewhere, which does not say.
-    """
-
-    rank: int
-    target_modules: tuple[str, ...]
-    is_reward_model: bool
-    base_model: str | None = None
-    prompt_format: str | None = None
-
-
-def is_adapter_checkpoint(folder: str | Path) -> bool:
-    """Whether `folder` holds an adapter."""
-    folder = Path(folder)
-    return (folder / ADAPTER_CONFIG).is_file() and any((folder / name).is_file() for name in ADAPTER_FILES)
-
-
-def read_adapter_config(folder: str | Path) -> AdapterConfig:
-    """What the adapter in `folder` says of itself.
-
-    Raises:
-        AdapterError: when there is no readable LoRA adapter in the folder.
-    """
-    folder = Path(folder)
-    if not is_adapter_checkpoint(folder):
-        there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
-        raise AdapterError(f"{folder} is no adapter: it needs {ADAPTER_CONFIG} and {ADAPTER_FILES[0]} (found: {there})")
-    config = _read_json(folder / ADAPTER_CONFIG)
-    run = _read_json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}
-    if config.get("peft_type") != "LORA":
-        raise AdapterError(f"{folder} is a {config.get('peft_type')} adapter; only LORA is supported")
-    targets = config.get("target_modules") or ()
-    return AdapterConfig(
-        rank=config["r"],
-        target_modules=(targets,) if isinstance(targets, str) else tuple(sorted(targets)),
-        is_reward_model=config.get("task_type") == "SEQ_CLS",
-        base_model=run.get("base_model_name_or_path") or config.get("base_model_name_or_path"),
-        prompt_format=run.get("prompt_format"),
-    )
+PREFIX = "base_model.model."
 
 
 def resolve_modules(names: str, model: nn.Module) -> list[str]:
@@ -150,12 +121,51 @@ def add_adapter(
     return get_peft_model(model, config)
 
 
+def read_adapter(folder: str | Path, config: ChatGLM3Config) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """adapter_config.json and the tensors of an adapter, with the names of this project's model.
+
+    Args:
+        folder: an adapter of this project, or one that was trained on the original code.
+        config: of the base model.
+
+    Raises:
+        AdapterError: for a missing or damaged adapter, or an original one that cannot be taken over.
+    """
+    settings, tensors, _ = _read_adapter(Path(folder), config)
+    return settings, tensors
+
+
+def _read_adapter(folder: Path, config: ChatGLM3Config) -> tuple[dict[str, Any], dict[str, torch.Tensor], bool]:
+    """As `read_adapter`, and whether the names in the files are the original code's."""
+    settings, tensors = read_settings(folder), read_tensors(folder)
+    is_official = has_official_names(tensors)
+    if is_official:
+        try:
+            settings, tensors = to_own_names(settings, tensors, config)
+        except AdapterError as error:
+            raise AdapterError(f"{folder}: {error}") from error
+    return settings, tensors, is_official
+
+
+def check_adapter(folder: str | Path, config: ChatGLM3Config) -> None:
+    """Refuses an adapter that was trained for another base model than `config` describes, before gigabytes are read.
+
+    Raises:
+        AdapterError: as `load_adapter`.
+    """
+    settings, tensors = read_adapter(folder, config)
+    kind = ChatGLM3ForSequenceClassification if settings.get("task_type") == "SEQ_CLS" else ChatGLM3ForCausalLM
+    with torch.device("meta"):
+        model = kind(config)
+    _check_tensors(Path(folder), settings, tensors, model)
+
+
 def load_adapter(model: nn.Module, folder: str | Path, *, is_trainable: bool = False) -> "PeftModel":
     """Loads the adapter in `folder` into `model`, which is frozen.
 
     Args:
         model: the base model that the adapter was trained for.
-        folder: an adapter checkpoint.
+        folder: an adapter of this project, or one that was trained on the original code.
         is_trainable: whether the adapter's parameters are to be trained on.
 
     Raises:
@@ -163,16 +173,67 @@ def load_adapter(model: nn.Module, folder: str | Path, *, is_trainable: bool = F
     """
     from peft import PeftModel
 
+    folder = Path(folder)
     found = read_adapter_config(folder)
     if found.is_reward_model != has_score_head(model):
         kinds = {True: "a reward model (stage rm)", False: "a language model"}
         raise AdapterError(
             f"{folder} is an adapter of {kinds[found.is_reward_model]}, not of {kinds[not found.is_reward_model]}"
         )
-    try:
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise AdapterError(f"the adapter {folder} does not fit this base model, or is damaged: {error}") from error
+    settings, tensors, is_official = _read_adapter(folder, model.config)
+    _check_tensors(folder, settings, tensors, model)
+    with tempfile.TemporaryDirectory(prefix="adapter-") as scratch:
+        if is_official:
+            write_adapter(Path(scratch), settings, tensors)
+        try:
+            source = scratch if is_official else str(folder)
+            adapted = PeftModel.from_pretrained(model, source, is_trainable=is_trainable)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise AdapterError(f"the adapter {folder} does not fit this base model, or is damaged: {error}") from error
+    _check_complete(folder, adapted, tensors)
+    return adapted
+
+
+def _check_tensors(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Any], model: nn.Module) -> None:
+    """Compares the adapter's shapes with the modules that they belong to.
+
+    Raises:
+        AdapterError: for a module that the model does not have, or that has another size.
+    """
+    base = settings.get("base_model_name_or_path")
+    hint = f"The adapter was trained for another base model{f': {base}' if base else ''}"
+    modules = dict(model.named_modules())
+    for name, tensor in tensors.items():
+        module, _, part = name.removeprefix(PREFIX).partition(".lora_")
+        if not part:
+            continue
+        if module not in modules:
+            raise AdapterError(f"{folder}: the model has no module {module}. {hint}")
+        wanted = _sizes(modules[module])
+        axis = {"A.weight": -1, "B.weight": 0, "magnitude_vector": 0, "magnitude_vector.weight": 0}.get(part)
+        if axis is not None and wanted and tensor.shape[axis] != wanted[axis]:
+            raise AdapterError(
+                f"{folder}: {module}.lora_{part} is {tuple(tensor.shape)}; the base model's module is {wanted}. {hint}"
+            )
+
+
+def _sizes(module: nn.Module) -> tuple[int, int] | None:
+    """(out, in) of a linear module, quantized or not."""
+    return (module.out_features, module.in_features) if isinstance(module, nn.Linear) else None
+
+
+def _check_complete(folder: Path, adapted: "PeftModel", tensors: Mapping[str, torch.Tensor]) -> None:
+    """PEFT leaves out what it does not find; an adapter that was loaded in part answers nonsense."""
+    from peft import get_peft_model_state_dict
+
+    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+    missing = sorted(expected - tensors.keys())
+    extra = sorted(name for name in tensors.keys() - expected if ".lora_" in name)
+    if missing or extra:
+        raise AdapterError(
+            f"{folder}: keys missing: {', '.join(missing[:4]) or 'none'}; left over: {', '.join(extra[:4]) or 'none'}. "
+            "Was it trained for another base model, or with other target_modules than adapter_config.json says?"
+        )
 
 
 def save_adapter(
@@ -181,7 +242,7 @@ def save_adapter(
     *,
     base_model: str | None = None,
     prompt_format: str | None = None,
-    state_dict: Mapping[str, "torch.Tensor"] | None = None,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Writes the model's adapter to `folder`.
 
@@ -197,8 +258,24 @@ def save_adapter(
         model.peft_config[model.active_adapter].base_model_name_or_path = base_model
     model.save_pretrained(str(folder), state_dict=None if state_dict is None else dict(state_dict))
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-    run = {"base_model_name_or_path": base_model, "prompt_format": prompt_format}
-    (folder / RUN_FILE).write_text(json.dumps(run, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    write_run(folder, base_model=base_model, prompt_format=prompt_format)
+
+
+@contextmanager
+def without_tuning(model: nn.Module) -> Iterator[None]:
+    """Within this context a model with an adapter or a prefix is its base: the same weights without what was trained.
+
+    Raises:
+        ValueError: for a model that has neither: its base is gone, or it is the base itself.
+    """
+    if hasattr(model, "disable_adapter"):
+        with model.disable_adapter():
+            yield
+    elif getattr(model, "prefix_encoder", None) is not None:
+        with model.prefix_disabled():
+            yield
+    else:
+        raise ValueError("the model has neither a prefix nor an adapter that could be switched off")
 
 
 def has_score_head(model: nn.Module) -> bool:
@@ -216,13 +293,3 @@ def _full_modules(model: nn.Module, names: str | None) -> list[str] | None:
             raise AdapterError(f"the model has no module {name!r}" + (f"; did you mean {close[0]}?" if close else ""))
     modules = [*(["score"] if has_score_head(model) else []), *wanted]
     return modules or None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise AdapterError(f"{path} holds a {type(value).__name__}; expected an object")
-    return value

@@ -12,6 +12,29 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 
 from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
 
+# Official name of a module → its name here.
+OFFICIAL_NAMES = {
+    "transformer.embedding.word_embeddings": "model.embed_tokens",
+    "transformer.encoder.layers": "model.layers",
+    "transformer.encoder.final_layernorm": "model.norm",
+    "transformer.output_layer": "lm_head",
+    "transformer.prefix_encoder": "model.prefix_encoder",
+    "transformer.rotary_pos_emb": "model.rotary_emb",
+    "self_attention.dense": "self_attn.o_proj",
+    "mlp.dense_h_to_4h": "mlp.gate_up_proj",
+    "mlp.dense_4h_to_h": "mlp.down_proj",
+    "classifier_head": "score",
+}
+# The one official module that is three here.
+FUSED_MODULE = "self_attention.query_key_value"
+SPLIT_MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+
+
+def query_key_value_rows(config: ChatGLM3Config) -> list[int]:
+    """Rows of query, key and value in the official `query_key_value`."""
+    group_rows = config.multi_query_group_num * config.kv_channels
+    return [config.num_attention_heads * config.kv_channels, group_rows, group_rows]
+
 
 class SplitQueryKeyValue(ConversionOps):
     """Splits the rows of `query_key_value` into query, key and value.
@@ -35,8 +58,7 @@ class SplitQueryKeyValue(ConversionOps):
         """
         (tensors,) = input_dict.values()
         fused = tensors[0] if isinstance(tensors, list) else tensors
-        group_rows = config.multi_query_group_num * config.kv_channels
-        sizes = [config.num_attention_heads * config.kv_channels, group_rows, group_rows]
+        sizes = query_key_value_rows(config)
         if fused.shape[0] != sum(sizes):
             raise ValueError(
                 f"query_key_value has {fused.shape[0]} rows; the configuration asks for {sum(sizes)} = {sizes} "
@@ -70,25 +92,9 @@ class JoinQueryKeyValue(ConversionOps):
 
 def official_layout() -> list[WeightRenaming | WeightConverter]:
     """The mapping from official names (left) to transformers' (right)."""
-    names = {
-        "transformer.embedding.word_embeddings": "model.embed_tokens",
-        "transformer.encoder.layers": "model.layers",
-        "transformer.encoder.final_layernorm": "model.norm",
-        "transformer.output_layer": "lm_head",
-        "transformer.prefix_encoder": "model.prefix_encoder",
-        "transformer.rotary_pos_emb": "model.rotary_emb",
-        "self_attention.dense": "self_attn.o_proj",
-        "mlp.dense_h_to_4h": "mlp.gate_up_proj",
-        "mlp.dense_4h_to_h": "mlp.down_proj",
-        "classifier_head": "score",
-    }
     return [
-        *(WeightRenaming(official, ours) for official, ours in names.items()),
-        WeightConverter(
-            "self_attention.query_key_value",
-            [f"self_attn.{part}_proj" for part in "qkv"],
-            operations=[SplitQueryKeyValue()],
-        ),
+        *(WeightRenaming(official, ours) for official, ours in OFFICIAL_NAMES.items()),
+        WeightConverter(FUSED_MODULE, list(SPLIT_MODULES), operations=[SplitQueryKeyValue()]),
     ]
 
 
