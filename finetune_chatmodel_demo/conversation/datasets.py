@@ -1,34 +1,47 @@
-"""From a data file to rows of token ids, kept compactly: about five bytes a token, so that a million rows fit.
+"""Rows of token ids, kept compactly: about five bytes a token, so that a million rows fit into memory.
 
-Use `build_dataset`; look at the rows with `inspect_data.py`.
+Each stage has its kind of row: `ConversationDataset` for sft, `DocumentDataset` for pt (`packing` cuts blocks out of
+it), `PairDataset` for rm and dpo, `PromptDataset` for ppo. `stage_data` builds what a run needs; `build_dataset` reads
+one sft file. Look at the rows with `inspect_data.py`.
 """
 
 import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
 
-from finetune_chatmodel_demo.conversation.records import RecordError, RecordFile, read_records
-from finetune_chatmodel_demo.conversation.rendering import IGNORED_LABEL, ChatTokenizer
-from finetune_chatmodel_demo.conversation.tokenizing import DatasetReport, RenderedChunk, RowSettings, render_chunks
+from finetune_chatmodel_demo.conversation.records import RecordError, RecordSource, read_records
+from finetune_chatmodel_demo.conversation.rows import PARTS, RowSettings
+from finetune_chatmodel_demo.conversation.templates import IGNORED_LABEL, ChatTokenizer
+from finetune_chatmodel_demo.conversation.tokenizing import DatasetReport, RenderedChunk, render_chunks
 from finetune_chatmodel_demo.conversation.truncation import TruncationStrategy
 
-__all__ = ["ConversationDataset", "DatasetReport", "build_dataset"]
+__all__ = [
+    "ConversationDataset",
+    "DatasetReport",
+    "DocumentDataset",
+    "PairDataset",
+    "PromptDataset",
+    "TokenRows",
+    "build_dataset",
+    "build_rows",
+]
 
 
-class ConversationDataset:
-    """Rows of token ids and labels, map-style: `len(dataset)`, `dataset[row]`.
-
-    An item is `{"input_ids": list[int], "labels": list[int]}`, labels being -100 where the loss does not count.
+class TokenRows:
+    """Rows of one or more sequences of token ids, map-style: `len(rows)`, `rows[row]`.
 
     Attributes:
+        parts: Sequences that a row has.
         report: What became of the records.
     """
 
-    def __init__(self, records: RecordFile, chunks: Iterable[RenderedChunk]):
+    parts = 1
+
+    def __init__(self, records: RecordSource, chunks: Iterable[RenderedChunk]):
         self._records = records
         self.report = DatasetReport(str(records.path))
         input_ids, is_target = array.array("i"), array.array("b")
@@ -42,6 +55,7 @@ class ConversationDataset:
         self.report.rows_bad = records.bad_count
         self._input_ids = np.frombuffer(input_ids, dtype=np.int32)
         self._is_target = np.frombuffer(is_target, dtype=np.bool_)
+        # Part p of row r is between offsets[r * parts + p] and the next one.
         self._offsets = np.concatenate([[0], np.cumsum(np.frombuffer(lengths, dtype=np.int64))])
         self._origins = np.frombuffer(origins, dtype=np.int64).reshape(-1, 2)
 
@@ -49,22 +63,117 @@ class ConversationDataset:
         return len(self._origins)
 
     def __getitem__(self, row: int) -> dict[str, list[int]]:
-        if not -len(self) <= row < len(self):
-            raise IndexError(f"row {row} does not exist; {self._records.path} has {len(self)} rows")
-        start, end = self._offsets[row % len(self)], self._offsets[row % len(self) + 1]
-        input_ids = self._input_ids[start:end]
-        labels = np.where(self._is_target[start:end], input_ids, IGNORED_LABEL)
-        return {"input_ids": input_ids.tolist(), "labels": labels.tolist()}
+        """The row as a trainer takes it; each kind of row says how."""
+        raise NotImplementedError
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of each row, for sampling rows of like length together."""
-        return np.diff(self._offsets).tolist()
+        return self.part_lengths.sum(axis=1).tolist()
+
+    @property
+    def part_lengths(self) -> np.ndarray:
+        """(rows, parts): tokens of each sequence."""
+        return np.diff(self._offsets).reshape(-1, self.parts)
+
+    def count_tokens(self, rows: np.ndarray | None = None) -> tuple[int, int]:
+        """Tokens of some rows (None: of all), and how many of them the loss counts on."""
+        if rows is None:
+            return self.report.tokens_total, self.report.tokens_supervised
+        starts = self._offsets[: -1 : self.parts]
+        supervised = np.add.reduceat(self._is_target, starts, dtype=np.int64)
+        return int(self.part_lengths.sum(axis=1)[rows].sum()), int(supervised[rows].sum())
 
     def where(self, row: int) -> str:
         """The place of a row's record in its file."""
         number, line = self._origins[row].tolist()
         return self._records.where(number, line)
+
+    def ids(self, row: int, part: int = 0) -> np.ndarray:
+        """(T,) int32: the ids of one sequence of a row."""
+        return self._input_ids[self._span(row, part)]
+
+    def _span(self, row: int, part: int) -> slice:
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"row {row} does not exist; {self._records.path} has {len(self)} rows")
+        index = row % len(self) * self.parts + part
+        return slice(self._offsets[index], self._offsets[index + 1])
+
+
+class ConversationDataset(TokenRows):
+    """Rows of sft.
+
+    An item is `{"input_ids": list[int], "labels": list[int]}`, labels being -100 where the loss does not count.
+    """
+
+    def __getitem__(self, row: int) -> dict[str, list[int]]:
+        span = self._span(row, 0)
+        input_ids = self._input_ids[span]
+        labels = np.where(self._is_target[span], input_ids, IGNORED_LABEL)
+        return {"input_ids": input_ids.tolist(), "labels": labels.tolist()}
+
+
+class DocumentDataset(ConversationDataset):
+    """Whole documents for pt, each ending with eos; `PackedDataset` cuts blocks out of them."""
+
+
+class PairDataset(TokenRows):
+    """Rows of rm and dpo.
+
+    An item is `{"prompt_ids", "chosen_ids", "rejected_ids"}`, lists of ids. What a model reads is prompt + reply;
+    `lengths` are those of the longer of the two.
+    """
+
+    parts = PARTS["dpo"]
+
+    def __getitem__(self, row: int) -> dict[str, list[int]]:
+        names = ("prompt_ids", "chosen_ids", "rejected_ids")
+        return {name: self.ids(row, part).tolist() for part, name in enumerate(names)}
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row's prompt with the longer reply."""
+        lengths = self.part_lengths
+        return (lengths[:, 0] + lengths[:, 1:].max(axis=1)).tolist()
+
+
+class PromptDataset(TokenRows):
+    """Rows of ppo.
+
+    An item is `{"input_ids": prompt, "labels": reference reply}`; the reference is `[]` where the data has none.
+    `lengths` are the prompts'.
+    """
+
+    parts = PARTS["ppo"]
+
+    def __getitem__(self, row: int) -> dict[str, list[int]]:
+        return {"input_ids": self.ids(row, 0).tolist(), "labels": self.ids(row, 1).tolist()}
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row's prompt."""
+        return self.part_lengths[:, 0].tolist()
+
+
+DATASETS = {
+    "pt": DocumentDataset,
+    "sft": ConversationDataset,
+    "rm": PairDataset,
+    "dpo": PairDataset,
+    "ppo": PromptDataset,
+}
+# What to do where no record became a row, by stage.
+NO_ROW = {
+    "sft": "holds a target: {} records were read, and in none of them does a reply lie within the length limit; raise "
+    "it, or check roles and 'loss'",
+    **dict.fromkeys(
+        ("rm", "dpo"),
+        "is left: {} records were read, and in none of them do question and replies fit into --max_seq_length; raise "
+        "it",
+    ),
+    "ppo": "is left: {} records were read, and in none of them does the newest question fit into --max_seq_length; "
+    "raise it",
+}
 
 
 def build_dataset(
@@ -80,7 +189,7 @@ def build_dataset(
     num_workers: int | None = None,
     show_progress: bool | None = None,
 ) -> ConversationDataset:
-    """Reads, validates, renders and cuts the records of a file.
+    """Reads, validates, renders and cuts the records of a file, for sft.
 
     Args:
         train_format: What the records are.
@@ -100,15 +209,29 @@ def build_dataset(
     """
     records = read_records(path, train_format, on_bad_record)
     settings = RowSettings(train_format, max_seq_length, max_source_length, max_target_length, truncation_strategy)
+    return build_rows(records, tokenizer, settings, num_workers=num_workers, show_progress=show_progress)
+
+
+def build_rows(
+    records: RecordSource,
+    tokenizer: ChatTokenizer,
+    settings: RowSettings,
+    *,
+    num_workers: int | None = None,
+    show_progress: bool | None = None,
+) -> Any:
+    """Renders the records of one source into the kind of rows that the stage of `settings` has.
+
+    Arguments and errors are those of `build_dataset`.
+    """
     is_disabled = None if show_progress is None else not show_progress
-    with tqdm(desc=f"Tokenizing {records.path.name}", unit=" rows", disable=is_disabled) as bar:
+    name = Path(records.path).name
+    with tqdm(desc=f"Tokenizing {name}", unit=" rows", disable=is_disabled) as bar:
         chunks = render_chunks(records, tokenizer, settings, num_workers or 1)
-        dataset = ConversationDataset(records, _count_progress(chunks, bar))
+        dataset = DATASETS[settings.stage](records, _count_progress(chunks, bar))
     if not len(dataset):
-        raise RecordError(
-            f"no row of {path} holds a target: {dataset.report.rows_read} records were read, and in none of them "
-            "does a reply lie within the length limit; raise it, or check roles and 'loss'"
-        )
+        reason = NO_ROW[settings.stage].format(dataset.report.rows_read)
+        raise RecordError(f"no row of {records.path} {reason}")
     return dataset
 
 

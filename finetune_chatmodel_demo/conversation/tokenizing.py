@@ -7,20 +7,15 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
 
 import numpy as np
 
 from finetune_chatmodel_demo.conversation.json_files import Located
-from finetune_chatmodel_demo.conversation.records import RecordFile
-from finetune_chatmodel_demo.conversation.rendering import (
-    IGNORED_LABEL,
-    ChatTokenizer,
-    Rendering,
-    render_conversation,
-    render_input_output,
-)
-from finetune_chatmodel_demo.conversation.truncation import TruncationStrategy, truncate
+from finetune_chatmodel_demo.conversation.records import RecordSource
+from finetune_chatmodel_demo.conversation.rows import PARTS, Row, RowSettings
+from finetune_chatmodel_demo.conversation.templates import IGNORED_LABEL, ChatTokenizer
+
+__all__ = ["DatasetReport", "RenderedChunk", "RowSettings", "render_chunks"]
 
 CHUNK_ROWS = 256
 # Up to here one process is faster: measured, 0.1 ms a row of 80 tokens, and 5 to 10 s until others have started.
@@ -32,13 +27,14 @@ START_METHOD = "spawn"
 
 @dataclass
 class DatasetReport:
-    """What became of the records of one file; `str()` is the line to print.
+    """What became of the records of one file or data set; `str()` is the line to print.
 
     Attributes:
         rows_read: Valid records.
         rows_bad: Bad records that were skipped.
         rows_kept: Rows of the dataset.
         rows_dropped_masked: Records without a target, or with none within the length limit.
+        rows_dropped_long: Records whose newest question and replies do not fit into the length limit together.
         rows_cut: Kept rows that lack something because of a length limit.
         rows_cut_inside: Those of them that end inside a turn, or hold a cut prompt or response.
         turns_kept: Turns in the kept rows (0 for input-output).
@@ -52,6 +48,7 @@ class DatasetReport:
     rows_bad: int = 0
     rows_kept: int = 0
     rows_dropped_masked: int = 0
+    rows_dropped_long: int = 0
     rows_cut: int = 0
     rows_cut_inside: int = 0
     turns_kept: int = 0
@@ -63,11 +60,26 @@ class DatasetReport:
         share = self.tokens_supervised / max(1, self.tokens_total)
         return (
             f"{self.path}: {self.rows_kept:,} rows of {self.rows_read + self.rows_bad:,} records "
-            f"({self.rows_bad:,} bad, {self.rows_dropped_masked:,} dropped without a target; "
+            f"({self.rows_bad:,} bad, {self.rows_dropped_masked:,} dropped without a target"
+            f"{f', {self.rows_dropped_long:,} too long' if self.rows_dropped_long else ''}; "
             f"{self.rows_cut:,} rows cut, {self.rows_cut_inside:,} of them inside a turn, "
             f"{self.turns_dropped:,} turns left out); "
             f"{self.tokens_total:,} tokens, {share:.1%} supervised"
         )
+
+    def count(self, row: Row) -> bool:
+        """Counts what became of one record, except for its tokens; returns whether the row is kept."""
+        self.rows_read += 1
+        if row.problem is not None:
+            self.rows_dropped_masked += row.problem == "masked"
+            self.rows_dropped_long += row.problem == "long"
+            return False
+        self.rows_kept += 1
+        self.rows_cut += row.is_cut_inside or row.turns_dropped > 0
+        self.rows_cut_inside += row.is_cut_inside
+        self.turns_kept += row.turns_kept
+        self.turns_dropped += row.turns_dropped
+        return True
 
     def add(self, other: "DatasetReport") -> None:
         """Adds the counts of another part of the same file."""
@@ -77,33 +89,10 @@ class DatasetReport:
 
 
 @dataclass(frozen=True)
-class RowSettings:
-    """How a record becomes a row. The fields are the flags of the same names."""
-
-    train_format: Literal["multi-turn", "input-output"]
-    max_seq_length: int
-    max_source_length: int
-    max_target_length: int
-    truncation_strategy: TruncationStrategy
-
-    def render(self, tokenizer: ChatTokenizer, record: dict[str, Any]) -> Rendering:
-        """Renders one record within the length limits."""
-        if self.train_format == "multi-turn":
-            return truncate(render_conversation(tokenizer, record), self.max_seq_length, self.truncation_strategy)
-        return render_input_output(
-            tokenizer,
-            record,
-            self.max_source_length,
-            self.max_target_length,
-            ends_cut_response=self.truncation_strategy == "official",
-        )
-
-
-@dataclass(frozen=True)
 class RenderedChunk:
     """Rows one after the other.
 
-    `input_ids` (tokens,) int32; `is_target` (tokens,) bool, 1 where the loss counts; `lengths` (rows,) int64;
+    `input_ids` (tokens,) int32; `is_target` (tokens,) bool, 1 where the loss counts; `lengths` (rows, parts) int64;
     `origins` (rows, 2) int64, number and line of each row's record.
     """
 
@@ -115,7 +104,7 @@ class RenderedChunk:
 
 
 def render_chunks(
-    records: RecordFile, tokenizer: ChatTokenizer, settings: RowSettings, num_workers: int
+    records: RecordSource, tokenizer: ChatTokenizer, settings: RowSettings, num_workers: int
 ) -> Iterator[RenderedChunk]:
     """Renders in this process, and where there are to be several, in others from row IN_PROCESS_ROWS on."""
     located = records.iterate_located()
@@ -164,26 +153,20 @@ def _render_chunk_in_worker(chunk: list[Located]) -> RenderedChunk:
 
 
 def _render_chunk(tokenizer: ChatTokenizer, settings: RowSettings, chunk: list[Located]) -> RenderedChunk:
-    report = DatasetReport(path="", rows_read=len(chunk))
-    kept: list[tuple[Located, Rendering]] = []
+    report = DatasetReport(path="")
+    kept: list[tuple[Located, Row]] = []
     for located in chunk:
-        rendering = settings.render(tokenizer, located.value)
-        if all(label == IGNORED_LABEL for label in rendering.labels):
-            report.rows_dropped_masked += 1
-            continue
-        kept.append((located, rendering))
-        report.rows_cut += rendering.is_cut or rendering.turns_dropped > 0
-        report.rows_cut_inside += rendering.is_cut
-        report.turns_kept += len(rendering.turn_starts)
-        report.turns_dropped += rendering.turns_dropped
-    input_ids = np.fromiter(itertools.chain.from_iterable(row.input_ids for _, row in kept), dtype=np.int32)
+        row = settings.render(tokenizer, located.value)
+        if report.count(row):
+            kept.append((located, row))
+    ids = itertools.chain.from_iterable(itertools.chain.from_iterable(row.parts for _, row in kept))
+    input_ids = np.fromiter(ids, dtype=np.int32)
     labels = np.fromiter(itertools.chain.from_iterable(row.labels for _, row in kept), dtype=np.int32)
     is_target = labels != IGNORED_LABEL
-    report.rows_kept = len(kept)
     report.tokens_total, report.tokens_supervised = len(input_ids), int(is_target.sum())
-    lengths = np.array([len(row.input_ids) for _, row in kept], dtype=np.int64)
+    lengths = np.array([[len(part) for part in row.parts] for _, row in kept], dtype=np.int64)
     origins = np.array([(located.number, located.line) for located, _ in kept], dtype=np.int64)
-    return RenderedChunk(input_ids, is_target, lengths, origins, report)
+    return RenderedChunk(input_ids, is_target, lengths.reshape(-1, PARTS[settings.stage]), origins, report)
 
 
 def _batched(items: Iterable[Located], size: int) -> Iterator[list[Located]]:

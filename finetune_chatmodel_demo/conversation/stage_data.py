@@ -1,0 +1,269 @@
+"""The data of a run: from files or from the registry to the rows that a stage trains and validates on.
+
+    data = build_stage_data(DataArguments(train_file="x.jsonl", val_size=0.1), "sft", tokenizer, seed=42)
+    data.train[0], data.validation, print(data.table)
+
+What happens, in this order: each data set is read (at most its first --max_samples good records) and rendered; rows are
+held out for validation (--val_size); the rest is mixed (--mix_strategy); documents of pt are packed into blocks. Every
+draw is a function of the seed alone. See the outcome with `inspect_data.py`.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune_chatmodel_demo.conversation.arguments import DataArguments
+from finetune_chatmodel_demo.conversation.datasets import build_rows
+from finetune_chatmodel_demo.conversation.json_files import Located
+from finetune_chatmodel_demo.conversation.mixing import RowView, mix_order, parse_probabilities, split_rows
+from finetune_chatmodel_demo.conversation.packing import PackedDataset, block_capacity
+from finetune_chatmodel_demo.conversation.records import STAGE_KINDS, RecordSource, read_records
+from finetune_chatmodel_demo.conversation.rows import RowSettings, Stage
+from finetune_chatmodel_demo.conversation.tables import format_data_table
+from finetune_chatmodel_demo.conversation.templates import ChatTokenizer
+from finetune_chatmodel_demo.conversation.tokenizing import DatasetReport
+
+
+@dataclass(frozen=True)
+class StageData:
+    """What a run trains and validates on.
+
+    Attributes:
+        train: Map-style rows (with --streaming an iterable data set); None where none were asked for.
+        validation: Map-style rows, or None.
+        table: What became of the records, for people.
+    """
+
+    train: Any
+    validation: Any
+    table: str
+
+
+@dataclass(frozen=True)
+class NamedSource:
+    """A source of records, by the name that the table shows."""
+
+    name: str
+    records: RecordSource
+
+
+class FirstRecords:
+    """The first good records of a source; what comes after them is not read."""
+
+    def __init__(self, records: RecordSource, count: int):
+        self._records, self._count = records, count
+        self.path = records.path
+
+    @property
+    def bad_count(self) -> int:
+        """Bad records that were skipped on the way."""
+        return self._records.bad_count
+
+    @property
+    def bad_messages(self) -> list[str]:
+        """What was wrong with the first of them."""
+        return self._records.bad_messages
+
+    def iterate_located(self) -> Iterator[Located]:
+        """The records, each with its number and line."""
+        return itertools.islice(self._records.iterate_located(), self._count)
+
+    def where(self, number: int, line: int) -> str:
+        """Names the place of a record."""
+        return self._records.where(number, line)
+
+
+def build_stage_data(
+    data: DataArguments,
+    stage: Stage,
+    tokenizer: ChatTokenizer,
+    seed: int,
+    *,
+    needs_train: bool = True,
+    show_progress: bool | None = None,
+) -> StageData:
+    """Reads, renders, splits and mixes what the flags name.
+
+    Args:
+        data: The data flags.
+        stage: What the rows are for; STAGE_KINDS says which records it needs.
+        tokenizer: See `ChatTokenizer`; must be picklable where several processes work.
+        seed: Of everything that is drawn.
+        needs_train: False where nothing is trained: only validation rows are built, and without any named for that
+            (--validation_file, --eval_dataset, --val_size) the rows of --train_file or --dataset are those.
+        show_progress: Whether to draw progress bars on stderr; None: where that is a terminal.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: Flags contradict each other, or are missing.
+        RecordError: A data set is unknown, a record is bad, or no row is left.
+    """
+    check_flags(data, stage, needs_train)
+    settings = make_row_settings(data, stage)
+    if data.streaming and needs_train:
+        from finetune_chatmodel_demo.conversation.streaming import build_streamed_data  # needs torch
+
+        return build_streamed_data(data, settings, tokenizer, seed, show_progress=show_progress)
+    train_sources, validation_sources = open_sources(data, stage)
+    if not needs_train and not data.val_size:
+        train_sources, validation_sources = [], validation_sources or train_sources
+
+    def build(source: NamedSource) -> Any:
+        workers = data.preprocessing_num_workers
+        return build_rows(source.records, tokenizer, settings, num_workers=workers, show_progress=show_progress)
+
+    train_sets, validation_sets = list(map(build, train_sources)), list(map(build, validation_sources))
+    orders, held_out = [np.arange(len(rows)) for rows in train_sets], None
+    if data.val_size:
+        orders, order = split_rows([len(rows) for rows in train_sets], data.val_size, seed)
+        held_out = RowView(train_sets, order)
+    train = mix(train_sets, orders, data, seed) if train_sets and needs_train else None
+    validation = held_out if held_out is not None else concatenate(validation_sets)
+    if stage == "pt":
+        train, validation = (
+            None if rows is None else PackedDataset(rows, tokenizer, data.max_seq_length)
+            for rows in (train, validation)
+        )
+    named = [(source.name, rows.report) for source, rows in zip(train_sources, train_sets)]
+    named += [(f"{source.name} (eval)", rows.report) for source, rows in zip(validation_sources, validation_sets)]
+    return StageData(train, validation, describe(named, data, stage, train, validation))
+
+
+def check_flags(data: DataArguments, stage: str, needs_train: bool = True) -> None:
+    """Refuses flags that contradict each other, before anything is read.
+
+    Raises:
+        ValueError: Says which, and what to do.
+    """
+    if stage not in STAGE_KINDS:
+        raise ValueError(f"stage {stage!r} is unknown; use {', '.join(STAGE_KINDS)}")
+    for file, names in (("train_file", "dataset"), ("validation_file", "eval_dataset")):
+        if getattr(data, file) and getattr(data, names):
+            raise ValueError(f"--{file} and --{names} exclude each other; give one (a registry can name any file)")
+    has_train = bool(data.train_file or data.dataset)
+    has_validation = bool(data.validation_file or data.eval_dataset)
+    if not has_train and (needs_train or not has_validation or data.val_size):
+        raise ValueError("there is nothing to read: give --train_file FILE, or --dataset with names of the registry")
+    if data.val_size and has_validation:
+        raise ValueError(
+            "--val_size holds rows of the training data out, and validation data is given as well; drop one of them"
+        )
+    if data.train_format == "input-output" and (stage != "sft" or data.dataset or data.eval_dataset):
+        raise ValueError(
+            "--train_format input-output is for --train_file with --stage sft; drop it (data sets of the registry "
+            "become conversations, whatever their format)"
+        )
+    if stage == "pt":
+        block_capacity(data.max_seq_length)
+
+
+def make_row_settings(data: DataArguments, stage: Stage) -> RowSettings:
+    """How the flags have a record become a row."""
+    return RowSettings(
+        data.train_format,
+        data.max_seq_length,
+        data.max_source_length,
+        data.max_target_length,
+        data.truncation_strategy,
+        stage,
+        data.template,
+    )
+
+
+def open_sources(data: DataArguments, stage: Stage) -> tuple[list[NamedSource], list[NamedSource]]:
+    """The sources of records to train and to validate on; nothing is read yet.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        RecordError: A data set is unknown, or cannot serve the stage.
+    """
+    train = _open(data, stage, data.train_file, data.dataset)
+    return train, _open(data, stage, data.validation_file, data.eval_dataset)
+
+
+def _open(data: DataArguments, stage: Stage, file: str | None, names: str | None) -> list[NamedSource]:
+    kind = data.train_format if stage == "sft" else STAGE_KINDS[stage]
+    if file:
+        sources = [NamedSource(Path(file).name, read_records(file, kind, data.on_bad_record))]
+    elif names:
+        sources = _open_registry(data, kind, names)
+    else:
+        return []
+    if data.max_samples is None:
+        return sources
+    return [NamedSource(each.name, FirstRecords(each.records, data.max_samples)) for each in sources]
+
+
+def _open_registry(data: DataArguments, kind: str, names: str) -> list[NamedSource]:
+    from finetune_chatmodel_demo.conversation.registry import choose_entries, find_dataset_dir, read_registry
+    from finetune_chatmodel_demo.conversation.sources import open_dataset
+
+    folder = find_dataset_dir(data.dataset_dir)
+    return [
+        NamedSource(
+            entry.name,
+            open_dataset(
+                entry,
+                folder,
+                kind,
+                on_bad_record=data.on_bad_record,
+                allow_dataset_scripts=data.allow_dataset_scripts,
+                streaming=data.streaming,
+            ),
+        )
+        for entry in choose_entries(read_registry(folder), names)
+    ]
+
+
+def mix(datasets: Sequence[Any], rows: Sequence[np.ndarray], data: DataArguments, seed: int) -> Any:
+    """Some rows of each data set, mixed as the flags say.
+
+    Args:
+        datasets: The data sets.
+        rows: Rows of each that take part, in their order.
+        data: The data flags.
+        seed: Of the draw.
+
+    Raises:
+        ValueError: The probabilities make no sense, or a data set that is to be interleaved has no row left.
+    """
+    probabilities = parse_probabilities(data.interleave_probs, len(datasets), data.mix_strategy)
+    if len(datasets) == 1 and len(rows[0]) == len(datasets[0]):
+        return datasets[0]
+    for dataset, chosen in zip(datasets, rows):
+        if data.mix_strategy != "concat" and not len(chosen):
+            raise ValueError(
+                f"--val_size holds out every row of {dataset.report.path}, and --mix_strategy {data.mix_strategy} "
+                "needs at least one of each data set; make --val_size smaller, or use concat"
+            )
+    order = mix_order([len(chosen) for chosen in rows], data.mix_strategy, probabilities, seed)
+    for number, chosen in enumerate(rows):
+        is_mine = order[:, 0] == number
+        order[is_mine, 1] = chosen[order[is_mine, 1]]
+    return RowView(datasets, order)
+
+
+def concatenate(datasets: Sequence[Any]) -> Any:
+    """All rows of all data sets, one after the other; None where there is none."""
+    if len(datasets) < 2:
+        return datasets[0] if datasets else None
+    return RowView(datasets, mix_order([len(rows) for rows in datasets], "concat"))
+
+
+def describe(
+    reports: Sequence[tuple[str, DatasetReport]], data: DataArguments, stage: Stage, train: Any, validation: Any
+) -> str:
+    """The table, and below it what is trained and validated on."""
+    lines = [format_data_table(reports)]
+    unit = "blocks" if stage == "pt" else "rows"
+    how = f", {data.mix_strategy}" if len(reports) > 1 else ""
+    for name, rows in (("train", train), ("validation", validation)):
+        if rows is not None:
+            held_out = f", --val_size {data.val_size:g}" if data.val_size and name == "validation" else ""
+            mixed = how if name == "train" else held_out
+            lines.append(f"{name + ':':<12}{len(rows):,} {unit}, {sum(rows.lengths):,} tokens{mixed}")
+    return "\n".join(lines)
