@@ -9,12 +9,12 @@ transformers has dropped or renamed since the original demo are translated, or n
 import argparse
 import difflib
 import json
+import re
 from dataclasses import MISSING, fields
 from pathlib import Path
 
 from finetune_chatmodel_demo.conversation.arguments import DataArguments
 from finetune_chatmodel_demo.training.arguments import (
-    GROUP_BY_LENGTH,
     GenerationArguments,
     MethodArguments,
     ModelArguments,
@@ -22,7 +22,10 @@ from finetune_chatmodel_demo.training.arguments import (
     SettingsError,
     StageArguments,
 )
+from finetune_chatmodel_demo.training.foreign_flags import RENAMED, REPLACED, WITHOUT_EFFECT, translate_flag
+from finetune_chatmodel_demo.training.pasted import repair_arguments, repair_values
 
+FOREIGN_FLAGS = {*RENAMED, *WITHOUT_EFFECT, *REPLACED}
 CONFIG_FILE_ENDINGS = (".json", ".yaml", ".yml")
 # Title in --help → the flags below it.
 OWN_ARGUMENTS = {
@@ -34,46 +37,6 @@ OWN_ARGUMENTS = {
     "run": RunArguments,
 }
 
-RENAMED = {
-    "evaluation_strategy": "eval_strategy",
-    "no_cuda": "use_cpu",
-    "per_gpu_train_batch_size": "per_device_train_batch_size",
-    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
-    "warmup_ratio": "warmup_steps",
-    # LLaMA-Factory's names, of both generations.
-    "cutoff_len": "max_seq_length",
-    "val_ratio": "val_size",
-    "probabilities": "interleave_probs",
-    "checkpoint_dir": "adapter_name_or_path",
-    "num_layer_trainable": "freeze_trainable_layers",
-    "name_module_trainable": "freeze_trainable_modules",
-    "dpo_beta": "pref_beta",
-    "dpo_loss": "pref_loss",
-    "dpo_ftx": "pref_ftx",
-}
-WITHOUT_EFFECT = {
-    "overwrite_cache": "nothing is cached",
-    "pad_to_max_length": "rows are padded to the longest of their batch",
-    "use_fast_tokenizer": "there is one tokenizer",
-    "save_safetensors": "a prefix is saved in both formats, a whole model as safetensors",
-    "predict_with_generate": "--do_predict always generates",
-    "ignore_pad_token_for_loss": "padding never counts",
-    "flash_attn": "PyTorch's fused attention is always used",
-    "include_tokens_per_second": "the log always has tokens per second",
-    "logging_dir": "the log is trainer_state.json in --output_dir",
-}
-REPLACED = {
-    "tokenizer_name": "the tokenizer is read from --model_name_or_path",
-    "config_name": "the configuration is read from --model_name_or_path",
-    "cache_dir": "give a folder as --model_name_or_path",
-    "model_revision": "give a folder as --model_name_or_path",
-    "use_auth_token": "give a folder as --model_name_or_path",
-    "resize_position_embeddings": "rotary positions need no resizing",
-    "max_train_samples": "shorten --train_file instead",
-    "fp16_opt_level": "use --fp16 or --bf16",
-    "half_precision_backend": "use --fp16 or --bf16",
-    "use_mps_device": "use --use_cpu to keep off an accelerator",
-}
 COMMON_TRAINER_FLAGS = """\
 the flags of transformers' TrainingArguments that are used most (--help_all lists every one):
   --output_dir DIR                   where checkpoints, the log, the loss curve and the result go
@@ -120,15 +83,17 @@ def parse_given(argv: list[str]) -> tuple[dict[str, object], list[str]]:
             override it).
 
     Returns:
-        The options that were given, converted to their types, and notices about flags of older versions.
+        The options that were given, converted to their types, and notices about what was repaired, or has no effect.
 
     Raises:
-        SettingsError: for an unknown flag or a value that cannot be converted.
+        SettingsError: for an unknown flag, a value that cannot be converted, or a command line that arrived damaged.
     """
-    if argv and not argv[0].startswith("-") and argv[0].endswith(CONFIG_FILE_ENDINGS):
-        argv = _flags_of_file(Path(argv[0])) + argv[1:]
-    argv, notices = translate_old_flags(argv)
     parser = build_parser()
+    known = {name.replace("-", "_") for action in parser._actions for name in _names(action)}
+    argv, notices = repair_arguments(argv, known | FOREIGN_FLAGS)
+    if argv and not argv[0].startswith("-") and argv[0].endswith(CONFIG_FILE_ENDINGS):
+        argv = _flags_of_file(_find_config(argv[0])) + argv[1:]
+    argv = _translate_flags(argv, known, notices)
     values, unknown = parser.parse_known_args(argv)
     if unknown:
         raise SettingsError(_describe_unknown(unknown[0], parser))
@@ -141,7 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     class Parser(HfArgumentParser):
         def error(self, message: str) -> None:
-            raise SettingsError(message)
+            raise SettingsError(message + _suggest_choice(message, self))
 
     parser = Parser((*OWN_ARGUMENTS.values(), TrainingArguments), prog="finetune.py", allow_abbrev=False)
     for action in parser._actions:
@@ -150,31 +115,20 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def translate_old_flags(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Rewrites flags that older versions of transformers, or the original demo, knew.
+def _names(action: argparse.Action) -> list[str]:
+    return [option[2:] for option in action.option_strings if option.startswith("--")]
 
-    Returns:
-        The rewritten flags and a notice for each flag that has no effect here.
 
-    Raises:
-        SettingsError: for a flag that has no equivalent.
-    """
+def _translate_flags(argv: list[str], known: set[str], notices: list[str]) -> list[str]:
+    """Rewrites flags that other programs know, and repairs values; see `foreign_flags` and `pasted`."""
     result: list[str] = []
-    notices: list[str] = []
     for flag, values in _split_flags(argv):
         name = flag.lstrip("-").replace("-", "_")
-        if name in REPLACED:
-            raise SettingsError(f"--{name} is not used here: {REPLACED[name]}")
-        if name in WITHOUT_EFFECT:
-            notices.append(f"--{name} has no effect: {WITHOUT_EFFECT[name]}")
-        elif name == GROUP_BY_LENGTH:
-            is_on = not values or values[0].lower() in ("true", "1", "yes")
-            result += ["--train_sampling_strategy", GROUP_BY_LENGTH if is_on else "random"]
-        elif name in RENAMED:
-            result += [f"--{RENAMED[name]}", *values]
-        else:
-            result += [flag, *values]
-    return result, notices
+        values = repair_values(name, values, notices)
+        arguments, notice = translate_flag(name, values, known) if flag.startswith("--") else (None, None)
+        result += [flag, *values] if arguments is None else arguments
+        notices += [notice] if notice else []
+    return result
 
 
 def _split_flags(argv: list[str]) -> list[tuple[str, list[str]]]:
@@ -189,6 +143,12 @@ def _split_flags(argv: list[str]) -> list[tuple[str, list[str]]]:
         else:
             groups.append((item, []))
     return groups
+
+
+def _find_config(path: str) -> Path:
+    """The settings file; one whose path was written with backslashes is found on every system."""
+    slashes = Path(path.replace("\\", "/"))
+    return slashes if not Path(path).is_file() and slashes.is_file() else Path(path)
 
 
 def _flags_of_file(path: Path) -> list[str]:
@@ -223,3 +183,13 @@ def _describe_unknown(argument: str, parser: argparse.ArgumentParser) -> str:
     close = difflib.get_close_matches(argument.partition("=")[0].replace("-", "_").replace("__", "--", 1), known)
     hint = f"; did you mean {close[0]}?" if close else "; --help_all lists every flag"
     return f"unknown argument {argument!r}{hint}"
+
+
+def _suggest_choice(message: str, parser: argparse.ArgumentParser) -> str:
+    """`; did you mean cosine?` behind argparse's message about a value that is none of the choices."""
+    match = re.match(r"argument (?:--[\w-]+/)*(--[\w-]+): invalid choice: '?([^' ]+)", message)
+    if not match:
+        return ""
+    choices = [str(c) for action in parser._actions if match[1] in action.option_strings for c in action.choices or ()]
+    close = difflib.get_close_matches(match[2].lower(), choices, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -1,0 +1,439 @@
+"""finetune.py's command line: the document's command, what can be repaired in it, and what is diagnosed."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from finetune_chatmodel_demo import finetune
+from finetune_chatmodel_demo.training import foreign_flags, pasted
+from finetune_chatmodel_demo.training.arguments import SettingsError
+from finetune_chatmodel_demo.training.command_line import build_parser, parse_given
+
+# The command of the users' document, character by character: comments and blanks behind its backslashes included.
+DOCUMENT = r"""
+CUDA_VISIBLE_DEVICES=0 python src/train_bash.py \
+    --stage sft \ # 训练阶段
+    --do_train True \ 
+    --model_name_or_path ./THUDM/chatglm3-6b-base \ 
+    --finetuning_type lora \ 
+    --template default \
+    --dataset_dir data \
+    --dataset function_call,alpaca_gpt4_en,alpaca_gpt4_zh \
+    --cutoff_len 2048 \
+    --learning_rate 0.002 \
+    --num_train_epochs 10.0 \
+    --max_samples 8000 \
+    --per_device_train_batch_size 4 \
+    --gradient_accumulation_steps 4 \
+    --lr_scheduler_type cosine \
+    --max_grad_norm 1.0 \
+    --logging_steps 5 \
+    --save_steps 200 \
+    --warmup_steps 0 \
+    --lora_rank 8 \
+    --lora_dropout 0.1 \
+    --lora_target all \
+    --output_dir saves\ChatGLM3-6B-Base\lora\train_full \
+    --fp16 True \
+    --plot_loss True 
+"""  # noqa: W291
+DOCUMENT_MEANS = {
+    "stage": "sft",
+    "do_train": True,
+    "model_name_or_path": "./THUDM/chatglm3-6b-base",
+    "finetuning_type": "lora",
+    "template": "default",
+    "dataset_dir": "data",
+    "dataset": "function_call,alpaca_gpt4_en,alpaca_gpt4_zh",
+    "max_seq_length": 2048,
+    "learning_rate": 0.002,
+    "num_train_epochs": 10.0,
+    "max_samples": 8000,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 4,
+    "lr_scheduler_type": "cosine",
+    "max_grad_norm": 1.0,
+    "logging_steps": 5,
+    "save_steps": 200,
+    "warmup_steps": 0,
+    "lora_rank": 8,
+    "lora_dropout": 0.1,
+    "lora_target": "all",
+    "output_dir": "savesChatGLM3-6B-Baseloratrain_full",
+    "fp16": True,
+    "plot_loss": True,
+}
+RECORD_ARGUMENTS = """#!/bin/sh
+[ -e "$ARRIVED" ] || printf '%s\\0' "$@" > "$ARRIVED"
+"""
+
+
+@pytest.fixture
+def arrive(tmp_path):
+    """Lets bash run a command that begins with `python`; what arrives as its arguments."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "python").write_text(RECORD_ARGUMENTS)
+    (folder / "python").chmod(0o755)
+
+    def run(command: str) -> list[str]:
+        script, arrived = tmp_path / "command.sh", tmp_path / "arrived"
+        arrived.unlink(missing_ok=True)
+        script.write_bytes(command.encode())
+        environment = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "ARRIVED": str(arrived)}
+        subprocess.run(["bash", str(script)], env=environment, capture_output=True)
+        return arrived.read_bytes().decode().split("\0")[:-1]
+
+    return run
+
+
+# The document's command
+
+
+def test_the_documents_command_is_diagnosed_where_the_shell_cuts_it(arrive):
+    argv = arrive(DOCUMENT)
+    assert argv == ["src/train_bash.py", "--stage", "sft", " #", "训练阶段"]
+    with pytest.raises(SettingsError) as raised:
+        parse_given(argv)
+    message = str(raised.value)
+    assert message.startswith("line 2 of the command, if each flag has its line (--stage sft): a backslash must be the")
+    assert "the lines below it never arrived" in message and "put comments above the command" in message
+
+
+def test_a_blank_behind_a_backslash_is_diagnosed(arrive):
+    argv = arrive(DOCUMENT.replace(" # 训练阶段", ""))
+    assert argv[-1] == " "
+    with pytest.raises(SettingsError, match=r"line 3 of the command, .*\(--do_train True\): a backslash .* a blank"):
+        parse_given(argv)
+
+
+def test_the_command_is_an_error_message_and_no_stack_trace(arrive, capsys):
+    assert finetune.main(arrive(DOCUMENT)) == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith("finetune.py: error: line 2 of the command") and not printed.out
+
+
+def test_without_comments_every_flag_of_the_document_is_known(arrive):
+    command = "\n".join(line.partition(" #")[0].rstrip() for line in DOCUMENT.splitlines())
+    given, notices = parse_given(arrive(command))
+    assert given == DOCUMENT_MEANS
+    assert len(notices) == 2
+    assert "src/train_bash.py" in notices[0] and "this is the program already" in notices[0]
+    assert "--output_dir is savesChatGLM3-6B-Baseloratrain_full: if there were backslashes in it" in notices[1]
+
+
+def test_quoted_backslashes_become_slashes(arrive):
+    argv = arrive(r"python --output_dir 'saves\ChatGLM3-6B-Base\lora\train_full' --plot_loss True")
+    given, notices = parse_given(argv)
+    assert given == {"output_dir": "saves/ChatGLM3-6B-Base/lora/train_full", "plot_loss": True}
+    assert notices == [
+        r"--output_dir saves\ChatGLM3-6B-Base\lora\train_full: backslashes are read as slashes, "
+        "saves/ChatGLM3-6B-Base/lora/train_full"
+    ]
+
+
+def test_backslashes_in_a_settings_file_become_slashes(tmp_path):
+    (tmp_path / "run.yaml").write_text("output_dir: saves\\lora\ncutoff_len: 64\n")
+    (tmp_path / "run.json").write_text('{"output_dir": "saves\\\\lora", "cutoff_len": 64}')
+    for name in ("run.yaml", "run.json"):
+        assert parse_given([str(tmp_path / name)])[0] == {"output_dir": "saves/lora", "max_seq_length": 64}
+
+
+def test_a_path_whose_backslashes_were_eaten_is_found(tmp_path, monkeypatch):
+    (tmp_path / "THUDM" / "chatglm3-6b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SettingsError, match="THUDMchatglm3-6b does not exist, but THUDM/chatglm3-6b does"):
+        parse_given(["--model_name_or_path", "THUDMchatglm3-6b"])
+    assert parse_given(["--model_name_or_path", "THUDM"])[0] == {"model_name_or_path": "THUDM"}
+    assert parse_given(["--model_name_or_path", "elsewhere"])[0] == {"model_name_or_path": "elsewhere"}
+    assert parse_given(["--output_dir", "output"]) == ({"output_dir": "output"}, [])
+
+
+def test_a_file_with_a_backslash_in_its_name_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        Path("a\\b").mkdir()
+    except OSError:
+        pytest.skip("no such names here")
+    assert parse_given(["--output_dir", "a\\b"]) == ({"output_dir": "a\\b"}, [])
+
+
+# Broken continuations
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("python --stage sft \\ # x\n--seed 1", r"line 2 .*\(--stage sft\): a backslash must .* a comment follows"),
+        ("python --stage sft \\# x\n--seed 1", None),  # the word "#" and "x": bash gives them as they are
+        ("python --stage sft --seed 1 \\ \n --fp16", r"line 3 .*\(--seed 1\): .* a blank follows"),
+        ("python --stage sft \\\t\n --fp16", r"line 2 .*\(--stage sft\): .* a blank follows"),
+        ("python \\ \n --fp16", r"line 1 of the command: .* a blank follows"),
+        ("python --stage sft \\\r\n --fp16 \\\r\n", r"line 2 .*: the script has Windows line ends"),
+        ("python --stage sft '\\'", r"something stands behind it, or this shell does not continue lines with it"),
+        ("python --stage sft ^", r"cmd\.exe with \^"),
+    ],
+)
+def test_a_continuation_that_is_none_is_diagnosed(arrive, command, message):
+    with pytest.raises(SettingsError, match=message):
+        parse_given(arrive(command))
+
+
+def test_a_flag_behind_a_backslash_and_a_blank_is_read(arrive):
+    given, notices = parse_given(arrive("python --stage sft \\ --seed 1"))
+    assert given == {"stage": "sft", "seed": 1}
+    assert "' --seed' holds spaces that the shell does not know" in notices[0]
+
+
+def test_windows_line_ends_behind_values_are_left_out():
+    given, notices = parse_given(["--stage", "sft\r", "--seed", "1\r"])
+    assert given == {"stage": "sft", "seed": 1}
+    assert [n for n in notices if "Windows line ends" in n] == notices
+
+
+# Typography
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["——stage", "sft"],
+        ["－－stage", "sft"],
+        ["—stage", "sft"],
+        ["–stage", "sft"],
+        ["−−stage", "sft"],
+        ["-stage", "sft"],
+        ["——stage=sft"],
+        ["--ｓｔａｇｅ", "sft"],
+        ["--stage\u3000sft"],
+        ["——stage\u3000sft"],
+        ["--stage\u00a0sft"],
+        ["--stage", "sft\u3000"],
+        ["--stage", "\u3000", "sft"],
+        ["--stage", "\u200bsft"],
+        ["--stage", "“sft”"],
+        ["--stage=‘sft’"],
+        ["--stage", "「sft」"],
+    ],
+)
+def test_typography_is_repaired_with_a_notice(argv):
+    given, notices = parse_given(argv)
+    assert given == {"stage": "sft"}
+    assert len(notices) >= 1
+
+
+def test_flags_that_are_glued_with_a_wide_space_come_apart():
+    given, _ = parse_given(["--stage", "sft\u3000——seed", "1", "--lora–rank\u30004"])
+    assert given == {"stage": "sft", "seed": 1, "lora_rank": 4}
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--learning_rate", "5e−5"], {"learning_rate": 5e-5}),
+        (["--freeze_trainable_layers", "–2"], {"freeze_trainable_layers": -2}),
+        (["--freeze_trainable_layers", "-2"], {"freeze_trainable_layers": -2}),
+        (["--dataset", "a，b、 c"], {"dataset": "a,b,c"}),
+        (["--run_name", "a — b, “c”"], {"run_name": "a — b, “c”"}),
+        (["--run_name", "皮卡丘　——　训练"], {"run_name": "皮卡丘　——　训练"}),
+    ],
+)
+def test_values_are_repaired_only_where_they_can_be_meant_in_one_way(argv, expected):
+    assert parse_given(argv)[0] == expected
+
+
+def test_half_a_pair_of_typographic_quotes_is_explained():
+    with pytest.raises(SettingsError, match="begins with the quotation mark “, which the shell does not know"):
+        parse_given(["--run_name", "“my", "run”"])
+
+
+def test_an_unknown_flag_with_wide_dashes_gets_its_did_you_mean():
+    with pytest.raises(SettingsError, match="did you mean --lora_rank"):
+        parse_given(["——lora_ranck", "8"])
+
+
+# Whole commands of other programs
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        ["src/train_bash.py"],
+        ["python", "src/train_bash.py"],
+        ["CUDA_VISIBLE_DEVICES=0", "python3.10", ".\\src\\train_bash.py"],
+        ["llamafactory-cli", "train"],
+        ["torchrun", "src/train.py"],
+    ],
+)
+def test_the_start_of_another_command_is_left_out(start):
+    given, notices = parse_given([*start, "--seed", "1"])
+    assert given == {"seed": 1}
+    assert "is left out: this is the program already" in notices[0]
+    assert ("CUDA_VISIBLE_DEVICES=0 is not set" in " ".join(notices)) == ("=" in start[0])
+
+
+def test_the_start_of_another_command_in_front_of_a_settings_file(tmp_path):
+    (tmp_path / "run.yaml").write_text("seed: 1\n")
+    assert parse_given(["llamafactory-cli", "train", str(tmp_path / "run.yaml")])[0] == {"seed": 1}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["llamafactory-cli", "export", "x.yaml"], "export.py writes a merged model"),
+        (["llamafactory-cli", "chat", "x.yaml"], "inference.py talks"),
+        (["xtuner", "train", "./internlm2_chat_7b_qlora_oasst1_e3_copy.py"], "configs/qlora_oasst1.yaml"),
+        (["./internlm2_chat_7b_qlora_oasst1_e3_copy.py"], "is a Python file; a run is a YAML or JSON file here"),
+    ],
+)
+def test_other_programs_are_named(argv, message):
+    with pytest.raises(SettingsError, match=message):
+        parse_given(argv)
+
+
+# Flags of other programs
+
+LLAMA_FACTORY_YAML = """\
+### model
+model_name_or_path: THUDM/chatglm3-6b
+trust_remote_code: true
+
+### method
+stage: sft
+do_train: true
+finetuning_type: lora
+lora_rank: 8
+lora_target: all
+
+### dataset
+dataset: identity,alpaca_en_demo
+template: chatglm3
+cutoff_len: 2048
+max_samples: 1000
+overwrite_cache: true
+preprocessing_num_workers: 16
+dataloader_num_workers: 4
+
+### output
+output_dir: saves/chatglm3-6b/lora/sft
+logging_steps: 10
+save_steps: 500
+plot_loss: true
+overwrite_output_dir: true
+save_only_model: false
+report_to: none  # choices: [none, wandb, tensorboard, swanlab, mlflow]
+
+### train
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 8
+learning_rate: 1.0e-4
+num_train_epochs: 3.0
+lr_scheduler_type: cosine
+warmup_ratio: 0.1
+bf16: true
+ddp_timeout: 180000000
+resume_from_checkpoint: null
+
+### eval
+val_size: 0.1
+per_device_eval_batch_size: 1
+eval_strategy: steps
+eval_steps: 500
+"""
+
+
+def test_a_settings_file_of_llama_factory_is_read(tmp_path):
+    (tmp_path / "sft.yaml").write_text(LLAMA_FACTORY_YAML)
+    given, notices = parse_given([str(tmp_path / "sft.yaml")])
+    assert (given["max_seq_length"], given["warmup_steps"], given["val_size"]) == (2048, 0.1, 0.1)
+    assert (given["report_to"], given["learning_rate"], given["overwrite_output_dir"]) == ("none", 1e-4, True)
+    assert [notice.partition(" ")[0] for notice in notices] == ["--trust_remote_code", "--overwrite_cache"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--checkpoint_dir", "a"], {"adapter_name_or_path": "a"}),
+        (["--num_layer_trainable", "3", "--name_module_trainable", "mlp"], None),
+        (["--dpo_beta", "0.2", "--dpo_loss", "ipo"], {"pref_beta": 0.2, "pref_loss": "ipo"}),
+        (["--disable_gradient_checkpointing", "True"], {"gradient_checkpointing": False}),
+        (["--disable_shuffling"], {"train_sampling_strategy": "sequential"}),
+        (["--disable_shuffling", "False"], {}),
+        (["--template", "vanilla"], {"template": "raw"}),
+        (["--resume_from_checkpoint", "true"], {"resume_from_checkpoint": "True"}),
+        (["--neftune_noise_alpha", "5"], {"neftune_noise_alpha": 5.0}),
+    ],
+)
+def test_flags_of_llama_factory_are_translated(argv, expected):
+    expected = {"freeze_trainable_layers": 3, "freeze_trainable_modules": "mlp"} if expected is None else expected
+    assert parse_given(argv) == (expected, [])
+
+
+@pytest.mark.parametrize("name", sorted(foreign_flags.WITHOUT_EFFECT))
+def test_flags_without_effect_are_named(name):
+    given, notices = parse_given([f"--{name}", "True", "--seed", "1"])
+    assert given == {"seed": 1}
+    assert notices == [f"--{name} has no effect: {foreign_flags.WITHOUT_EFFECT[name]}"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *foreign_flags.REPLACED,
+        *("export_dir", "vllm_maxlen", "sglang_maxlen", "kt_mode", "use_kt", "image_max_pixels", "freeze_vision_tower"),
+        *("use_galore", "galore_rank", "use_apollo", "use_badam", "badam_mode", "use_adam_mini", "use_muon"),
+        *("use_swanlab", "swanlab_project", "pissa_init", "oft_rank", "fp8", "fp8_backend", "kto_chosen_weight"),
+        *("add_tokens", "add_special_tokens", "new_special_tokens_config", "init_special_tokens", "use_dft_loss"),
+    ],
+)
+def test_flags_that_would_change_the_run_are_refused(name):
+    with pytest.raises(SettingsError, match=f"^--{name} is not used here: "):
+        parse_given([f"--{name}", "something"])
+    given, notices = parse_given([f"--{name}", "False"])
+    assert given == {} and notices == [f"--{name} False has no effect: so it is here anyway"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("quantization_method", "bitsandbytes"), ("quantization_type", "nf4"), ("num_beams", "1"), ("split", "train")],
+)
+def test_refused_flags_with_our_value_are_let_through(name, value):
+    assert parse_given([f"--{name}", value])[0] == {}
+
+
+def test_the_tables_hold_no_flag_of_our_own():
+    own = {option.lstrip("-") for action in build_parser()._actions for option in action.option_strings}
+    foreign = [*foreign_flags.WITHOUT_EFFECT, *foreign_flags.REPLACED]
+    # transformers 5.17 still has some that 5.23 does not, and the other way round
+    assert [name for name in [*foreign, *foreign_flags.RENAMED] if name in own] == []
+    assert [name for name in own if foreign_flags.find_replacement(name)] == []
+    assert set(foreign_flags.RENAMED.values()) <= own
+    assert own >= pasted.PATH_FLAGS | pasted.LIST_FLAGS
+    assert set(foreign_flags.HARMLESS) <= {
+        name for name in foreign_flags.HARMLESS if foreign_flags.find_replacement(name)
+    }
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--lr_scheduler_type", "cosin"], "invalid choice: 'cosin'.*did you mean cosine?"),
+        (["--lr_scheduler_type", "reduce_on_plateau"], "did you mean reduce_lr_on_plateau?"),
+        (["--stage", "SFT"], "did you mean sft?"),
+        (["--finetuning_type", "lorra"], "did you mean lora?"),
+        (["--stage", "kto"], r"invalid choice: 'kto' \(choose from"),
+        (["--lora_ranck", "8"], "unknown argument '--lora_ranck'; did you mean --lora_rank?"),
+    ],
+)
+def test_mistakes_get_a_suggestion(argv, message):
+    with pytest.raises(SettingsError, match=message):
+        parse_given(argv)
+
+
+def test_a_mapping_in_a_settings_file_is_a_flag_with_json(tmp_path):
+    (tmp_path / "run.yaml").write_text("lr_scheduler_kwargs:\n  num_cycles: 3\n")
+    ((name, value),) = parse_given([str(tmp_path / "run.yaml")])[0].items()
+    assert name == "lr_scheduler_kwargs" and json.loads(value) == {"num_cycles": 3}
