@@ -1,13 +1,22 @@
 """Refuses runs that cannot work, before anything is loaded: each error says what to do instead."""
 
 import importlib.util
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from finetune_chatmodel_demo.conversation.arguments import DataArguments
-from finetune_chatmodel_demo.training.arguments import FREEZE, FULL, LORA, P_TUNING, ModelArguments, SettingsError
+from finetune_chatmodel_demo.training.arguments import (
+    FREEZE,
+    FULL,
+    LORA,
+    P_TUNING,
+    ModelArguments,
+    SettingsError,
+    StageArguments,
+)
 
 if TYPE_CHECKING:
     from finetune_chatmodel_demo.training.settings import Settings
@@ -36,7 +45,11 @@ HOW_TO_CHOOSE = {
 }
 FLAGS_OF_STAGE = {
     "dpo": ("pref_beta", "pref_loss", "pref_ftx", "dpo_label_smoothing"),
-    "ppo": ("reward_model", "reward_function"),
+    "ppo": (
+        "reward_model",
+        "reward_function",
+        *(item.name for item in fields(StageArguments) if item.name.startswith("ppo_")),
+    ),
 }
 STREAMING_STAGES = ("pt", "sft")
 
@@ -138,6 +151,10 @@ def _check_stage(settings: "Settings") -> None:
         )
     if given.get("do_predict") and stage != "sft":
         raise SettingsError(f"--do_predict writes answers, which --stage {stage} does not train; use it with sft")
+    if stage == "ppo":
+        from finetune_chatmodel_demo.training.stages.ppo_settings import check_ppo_settings
+
+        check_ppo_settings(settings)
     if settings.data.train_format == "input-output":
         if stage != "sft":
             raise SettingsError(f"--train_format input-output belongs to --stage sft, not {stage}; drop it")

@@ -49,6 +49,8 @@ def count_steps(trainer: "RunTrainer") -> int:
     """Optimizer steps of the whole run."""
     if trainer.args.max_steps > 0:
         return trainer.args.max_steps
+    if hasattr(trainer, "count_steps"):
+        return trainer.count_steps()
     return trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
 
 

@@ -130,10 +130,11 @@ def log_probs_and_entropy(
         temperature: divides the logits: the policy is the distribution that replies are drawn from (N details).
 
     Returns:
-        (N,), (N,): log softmax(logits / temperature)[id], and -Σ p log p in nats.
+        (N,), (N,): log softmax(logits / temperature)[id], and -Σ p log p in nats, into which no gradient flows.
     """
     log_probs = F.log_softmax(logits.float() / temperature, dim=-1)
-    entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
+    constant = log_probs.detach()
+    entropy = -(constant.exp() * constant).sum(dim=-1)
     return log_probs.gather(-1, ids[:, None]).squeeze(-1), entropy
 
 

@@ -1,0 +1,493 @@
+"""PPO: the policy answers prompts, a reward scores the answers, and clipped updates make better ones likelier.
+
+    python finetune_chatmodel_demo/finetune.py --stage ppo --finetuning_type lora --reward_model output/rm \\
+        --train_file formatted_data/pokemon_conversations.jsonl --model_name_or_path THUDM/chatglm3-6b \\
+        --adapter_name_or_path output/sft --output_dir output/ppo --max_new_tokens 128
+
+The formulas are in `ppo_math`, the networks in `ppo_policy`, what a rollout is in `ppo_rollouts`, the meaning of the
+flags in `ppo_settings`. Exercise it with `pytest tests/test_ppo.py`.
+"""
+
+import time
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase, TrainerState, set_seed
+from transformers.trainer_utils import TrainOutput, speed_metrics
+
+from finetune_chatmodel_demo.chatglm3.loading import load_model
+from finetune_chatmodel_demo.conversation.collating import PadCollator
+from finetune_chatmodel_demo.generation.prompts import prompt_budget
+from finetune_chatmodel_demo.training.arguments import LORA, P_TUNING, SettingsError
+from finetune_chatmodel_demo.training.methods import prepare_model
+from finetune_chatmodel_demo.training.report import uses_checkpointing
+from finetune_chatmodel_demo.training.run_trainer import NonFiniteLossError, RunTrainer
+from finetune_chatmodel_demo.training.settings import Settings
+from finetune_chatmodel_demo.training.stages import ppo_settings
+from finetune_chatmodel_demo.training.stages.ppo_figures import Figures
+from finetune_chatmodel_demo.training.stages.ppo_math import (
+    AdaptiveKL,
+    FixedKL,
+    RunningMoments,
+    explained_variance,
+    kl_k3,
+    masked_moments,
+    policy_loss,
+    value_loss,
+)
+from finetune_chatmodel_demo.training.stages.ppo_policy import (
+    PolicyWithValue,
+    Reference,
+    disable_dropout,
+    trained_values,
+    without_adapter_wrapper,
+)
+from finetune_chatmodel_demo.training.stages.ppo_rewards import build_reward
+from finetune_chatmodel_demo.training.stages.ppo_rollouts import (
+    Reply,
+    RewardShape,
+    Rollout,
+    assess_replies,
+    describe_rollout,
+    join_rows,
+    order_of_prompts,
+    seed_of,
+    write_replies,
+)
+
+STATE_FILE = "ppo_state.pt"
+ROLLOUT_FILE = "ppo_rollout_{process}.pt"
+NO_PROBABILITIES = "probability tensor contains"  # what torch says when it shall draw from NaN
+
+
+class PPOTrainer(RunTrainer):
+    """Trains a policy on a reward; of transformers' Trainer it keeps the state, the log and the checkpoints."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Settings,
+        tokenizer: PreTrainedTokenizerBase,
+        train_rows: Any,
+        validation_rows: Any | None = None,
+    ) -> None:
+        """Arguments: see `RunTrainer`; items of the rows have the prompt as `input_ids`.
+
+        Raises:
+            SettingsError: for a prompt that leaves no room for a reply, or a reward that cannot be loaded.
+        """
+        super().__init__(model, settings, tokenizer, PadCollator(tokenizer.pad_token_id), train_rows, validation_rows)
+        for rows in (train_rows, validation_rows):
+            _check_room(rows, model, settings.generation.max_new_tokens)
+        disable_dropout(self.model)
+        stage, sampling = settings.stage, ppo_settings.sampling_of(settings)
+        self.policy = PolicyWithValue(self.model, sampling["temperature"])
+        self.wrapped: nn.Module = self.policy
+        self.reference = build_reference(self.model, settings)
+        self.reward = build_reward(settings, tokenizer)
+        self.shape = RewardShape(stage.ppo_kl_estimator, stage.ppo_whiten_rewards, stage.ppo_gamma, stage.ppo_lam)
+        self.kl_control = FixedKL(stage.ppo_kl_coef)
+        if stage.ppo_adaptive_kl:
+            self.kl_control = AdaptiveKL(stage.ppo_kl_coef, stage.ppo_target, stage.ppo_kl_horizon)
+        self.score_moments = RunningMoments()
+        self.figures = Figures()
+        self.rollout: Rollout | None = None
+        self.rollouts_done = self.updates_done = 0  # whole rollouts, and updates of the one at work
+
+    # The run
+
+    def count_steps(self) -> int:
+        """Optimizer updates of the whole run."""
+        return ppo_settings.count_updates(self.settings, len(self.train_dataset))
+
+    def train(self, resume_from_checkpoint: str | None = None, **_: Any) -> TrainOutput:
+        """Rollouts and updates until the last step.
+
+        Args:
+            resume_from_checkpoint: a whole checkpoint of this stage; its weights are in the model already.
+
+        Raises:
+            NonFiniteLossError: when the loss or a probability is no number any more; names the prompts.
+            RewardError: when the reward function fails.
+        """
+        self._begin(resume_from_checkpoint)
+        first, started = self.state.global_step, time.time()
+        self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
+        losses = []
+        while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
+            losses.append(self._step())
+        metrics = speed_metrics("train", started, num_steps=self.state.global_step - first)
+        metrics["train_loss"] = sum(losses) / max(len(losses), 1)
+        self.log(metrics)
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+            self._load_best_model()
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        return TrainOutput(self.state.global_step, metrics["train_loss"], metrics)
+
+    def _begin(self, checkpoint: str | None) -> None:
+        """Optimizer, schedule and state, new or from a checkpoint."""
+        steps = self.count_steps()
+        if uses_checkpointing(self.args):
+            without_adapter_wrapper(self.model).gradient_checkpointing_enable({"use_reentrant": False})
+        self.create_optimizer()
+        self.create_scheduler(steps)
+        self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
+        self.wrapped = self.accelerator.prepare_model(self.policy, device_placement=False)
+        self.state = (
+            TrainerState()
+            if checkpoint is None
+            else TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        )
+        self.state.compute_steps(self.args, steps)
+        self.state.init_training_references(self, steps, max(1, round(self.args.num_train_epochs)), None)
+        self.callback_handler.optimizer, self.callback_handler.lr_scheduler = self.optimizer, self.lr_scheduler
+        if checkpoint is not None:
+            self._load_optimizer_and_scheduler(checkpoint)
+            self._load_scaler(checkpoint)
+            self._load_ppo_state(Path(checkpoint))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer of the flags; the value head has a learning rate of its own."""
+        if self.optimizer is None:
+            decaying = set(self.get_decay_parameter_names(self.model))
+            named = [(name, value) for name, value in self.model.named_parameters() if value.requires_grad]
+            groups = [
+                {
+                    "params": [value for name, value in named if (name in decaying) == decays],
+                    "weight_decay": self.args.weight_decay if decays else 0.0,
+                }
+                for decays in (True, False)
+            ]
+            head = {"params": list(self.policy.value_head.parameters()), "weight_decay": 0.0}
+            head["lr"] = self.settings.stage.ppo_value_lr
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = kind([group for group in groups if group["params"]] + [head], **options)
+        return self.optimizer
+
+    # A rollout
+
+    def _sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums a tensor over processes."""
+        return self.accelerator.reduce(values, reduction="sum")
+
+    def _collect(self) -> Rollout:
+        """Draws replies, scores them and computes their advantages."""
+        # Every generator starts anew, also those that a reward function may use: a resumed run draws the same.
+        seed, process, processes = self.args.seed, self.args.process_index, self.args.world_size
+        set_seed(seed_of(seed, self.rollouts_done, process))
+        size = ppo_settings.replies_of_rollout(self.settings)
+        start = self.rollouts_done * size * processes
+        data_seed = seed if self.args.data_seed is None else self.args.data_seed
+        chosen = order_of_prompts(len(self.train_dataset), start, size * processes, data_seed)[process::processes]
+        prompts = [self.train_dataset.rows[row]["input_ids"] for row in chosen]
+        replies = self._answer(prompts, chosen, is_greedy=False)
+        rows, hit_cap = join_rows(prompts, replies, self.tokenizer_to_save.pad_token_id, self.args.device)
+        scores = self._score(prompts, replies)
+        self.policy.eval()
+        with self.accelerator.autocast():
+            found = assess_replies(self.policy, self.reference, rows, self.args.per_device_eval_batch_size)
+        self._check_finite("a log-probability or value", sum(found.values()).sum(dim=1), chosen)
+        self._check_finite("the score", scores, chosen)
+        mask = rows.mask
+        shaped = self._shape_scores(scores, hit_cap)
+        advantages, returns = self.shape.advantages(found, shaped, mask, self.kl_control.coef, self._sum)
+        rollout = Rollout(
+            row_index=torch.tensor(chosen, device=self.args.device),
+            input_ids=rows.input_ids,
+            prompt_lengths=rows.prompt_lengths,
+            reply_lengths=rows.reply_lengths,
+            hit_cap=hit_cap,
+            scores=scores,
+            advantages=advantages,
+            returns=returns,
+            **found,
+        )
+        self._note_rollout(rollout)
+        return rollout
+
+    def _answer(self, prompts: list[list[int]], rows: list[int], is_greedy: bool) -> list[Reply]:
+        generation = ppo_settings.build_generation(self.settings, self.tokenizer_to_save, is_greedy)
+        self.model.eval()
+        try:
+            with torch.no_grad(), self.accelerator.autocast():
+                return write_replies(self.model, prompts, generation, self.args.per_device_eval_batch_size)
+        except RuntimeError as error:
+            if NO_PROBABILITIES not in str(error):
+                raise
+            failure = self._describe_failure("the policy's probabilities are no numbers", [torch.tensor(rows)])
+            raise NonFiniteLossError(failure) from error
+
+    def _score(self, prompts: list[list[int]], replies: list[Reply]) -> torch.Tensor:
+        if not prompts:
+            return torch.zeros(0, device=self.args.device)
+        with self.accelerator.autocast():
+            return self.reward(prompts, [reply.ids for reply in replies]).to(self.args.device, torch.float32)
+
+    def _shape_scores(self, scores: torch.Tensor, hit_cap: torch.Tensor) -> torch.Tensor:
+        """Scores with the penalty for replies that did not end, normalised where the flag says so; (B,)."""
+        shaped = scores - self.settings.stage.ppo_missing_eos_penalty * hit_cap
+        if not self.settings.stage.ppo_score_norm:
+            return shaped
+        everything = torch.ones_like(shaped, dtype=torch.bool)
+        mean, variance = masked_moments(shaped.double(), everything, self._sum)
+        self.score_moments.add(mean.item(), variance.item(), len(shaped) * self.args.world_size)
+        return self.score_moments.normalise(shaped)
+
+    def _note_rollout(self, rollout: Rollout) -> None:
+        """Logs a rollout's figures and moves the KL's coefficient."""
+        figures = describe_rollout(rollout, self._sum)
+        figures["kl_coef"] = self.kl_control.coef
+        figures["explained_variance"] = explained_variance(
+            rollout.values, rollout.returns, rollout.mask, self._sum
+        ).item()
+        self.figures.add_rollout(figures)
+        self.kl_control.update(figures["kl"], len(rollout.scores) * self.args.world_size)
+
+    def _check_finite(self, what: str, values: torch.Tensor, rows: list[int]) -> None:
+        bad = [row for row, is_good in zip(rows, torch.isfinite(values).tolist()) if not is_good]
+        if bad:
+            raise NonFiniteLossError(self._describe_failure(f"{what} is not finite", [torch.tensor(bad)]))
+
+    # An update
+
+    def _step(self) -> float:
+        """One optimizer update, with a rollout before it when the last one is used up; returns the loss."""
+        self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
+        if self.rollout is None:
+            self.rollout = self._collect()
+        replies = self._replies_of_this_update()
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        figures = self._update(replies)
+        self.state.global_step += 1
+        epoch_before = self.state.epoch
+        self._advance()
+        self.figures.add_update(figures)
+        self.throughput.add(torch.stack([(replies.prompt_lengths + replies.reply_lengths).sum(), replies.mask.sum()]))
+        self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
+        self._log_save_evaluate(learning_rate)
+        if int(self.state.epoch) > int(epoch_before):
+            self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+            self._log_save_evaluate(learning_rate)
+        return figures["loss"]
+
+    def _replies_of_this_update(self) -> Rollout:
+        """The replies that this update learns from: each once in a pass over the rollout, in random order."""
+        size = ppo_settings.replies_of_update(self.args)
+        epoch, place = divmod(self.updates_done, self.settings.stage.ppo_buffer_size)
+        seed = seed_of(self.args.seed, self.rollouts_done, self.args.process_index, epoch)
+        order = torch.randperm(len(self.rollout.scores), generator=torch.Generator().manual_seed(seed))
+        return self.rollout.select(order[place * size : (place + 1) * size].to(self.args.device))
+
+    def _update(self, replies: Rollout) -> dict[str, float]:
+        """Forward and backward in batches of --per_device_train_batch_size, then one step of the optimizer.
+
+        Returns:
+            The log's figures of the update, over all processes.
+        """
+        self.policy.train()
+        tokens = self._sum(replies.mask.sum())
+        lengths = replies.prompt_lengths + replies.reply_lengths
+        batches = lengths.argsort(descending=True, stable=True).split(self.args.per_device_train_batch_size)
+        sums = torch.zeros(len(UPDATE_FIGURES), device=self.args.device)
+        for number, chosen in enumerate(batches):
+            is_last = number == len(batches) - 1
+            with nullcontext() if is_last else self.accelerator.no_sync(self.wrapped):
+                sums += self._learn_from(replies.select(chosen), tokens)
+        parameters = [value for value in self.policy.parameters() if value.requires_grad]
+        norm = self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm or float("inf"))
+        if self.settings.precision != "float16" and not torch.isfinite(norm):
+            raise NonFiniteLossError(
+                self._describe_failure(f"the gradient's norm is {float(norm)}", [replies.row_index])
+            )
+        self.optimizer.step()
+        if not self.accelerator.optimizer_step_was_skipped:
+            self.lr_scheduler.step()
+        self.optimizer.zero_grad()
+        means = dict(zip(UPDATE_FIGURES, (self._sum(sums) / tokens).tolist()))
+        loss = means["policy_loss"] + self.settings.stage.ppo_vf_coef * means["value_loss"]
+        return {"loss": loss, "grad_norm": float(norm), **means}
+
+    def _learn_from(self, batch: Rollout, tokens: torch.Tensor) -> torch.Tensor:
+        """Gradients of a batch's share in the loss of an update.
+
+        Args:
+            batch: some of the update's replies.
+            tokens: () reply tokens of the whole update on all processes: every token weighs the same.
+
+        Returns:
+            (figures,): sums over the batch's tokens, in the order of UPDATE_FIGURES.
+        """
+        stage, mask = self.settings.stage, batch.mask
+        log_probs, entropies, values = self.wrapped(batch.input_ids, batch.prompt_lengths, batch.reply_lengths)
+        policy, clipped = policy_loss(log_probs, batch.log_probs, batch.advantages, mask, stage.ppo_cliprange)
+        value, value_clipped = value_loss(values, batch.values, batch.returns, mask, stage.ppo_cliprange_value)
+        summed = policy + stage.ppo_vf_coef * value
+        if not torch.isfinite(summed):
+            raise NonFiniteLossError(self._describe_failure(f"the loss is {summed.item()}", [batch.row_index]))
+        # Gradients are averaged over processes.
+        self.accelerator.backward(summed * self.args.world_size / tokens)
+        with torch.no_grad():
+            moved = kl_k3(batch.log_probs, log_probs)
+            ratio = ((log_probs - batch.log_probs).exp() * mask).sum()
+            figures = [policy, value, entropies.sum(), clipped, value_clipped, ratio, moved.sum()]
+            return torch.stack([figure.detach().float() for figure in figures])
+
+    def _advance(self) -> None:
+        """Counts an update; after the last one of a rollout the next begins."""
+        self.updates_done += 1
+        whole = ppo_settings.updates_of_rollout(self.settings)
+        if self.updates_done == whole:
+            self.rollout, self.updates_done = None, 0
+            self.rollouts_done += 1
+        size = ppo_settings.replies_of_rollout(self.settings) * self.args.world_size
+        self.state.epoch = (self.rollouts_done + self.updates_done / whole) * size / len(self.train_dataset)
+
+    def _log_save_evaluate(self, learning_rate: float) -> None:
+        """What the callbacks have asked for after a step."""
+        if self.control.should_log:
+            self.log({**self.figures.collect(), "learning_rate": learning_rate})
+        is_best = False
+        if self.control.should_evaluate:
+            is_best = self._determine_best_metric(metrics=self.evaluate(), trial=None)
+        if self.control.should_save or (is_best and self.args.save_strategy == "best"):
+            self._save_checkpoint(self.model, trial=None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    # Validation
+
+    def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
+        """The mean reward of greedy replies to the validation prompts, over all processes.
+
+        Returns:
+            `eval_reward`, `eval_reward_std`, `eval_reply_tokens`, `eval_hit_cap` and speeds.
+        """
+        started, data = time.time(), self.eval_dataset.rows
+        chosen = list(range(self.args.process_index, len(data), self.args.world_size))
+        prompts = [data[row]["input_ids"] for row in chosen]
+        replies = self._answer(prompts, chosen, is_greedy=True) if prompts else []
+        scores = self._score(prompts, replies).double()
+        lengths = torch.tensor([[len(reply.ids), reply.hit_cap] for reply in replies], dtype=torch.float64)
+        lengths = lengths.reshape(-1, 2).sum(dim=0).to(scores.device)
+        sums = self._sum(torch.cat([torch.stack([scores.sum(), (scores**2).sum()]), lengths]))
+        reward, square, tokens, capped = (sums / len(data)).tolist()
+        figures = {"reward": reward, "reward_std": max(square - reward**2, 0.0) ** 0.5}
+        figures |= {"reply_tokens": tokens, "hit_cap": capped}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+        metrics |= speed_metrics(metric_key_prefix, started, num_samples=len(data))
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # Checkpoints
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Beside them: value head, coefficient, running moments, and the rollout where one is at work."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        folder = Path(output_dir)
+        if self.rollout is not None:
+            torch.save(self.rollout.state(), folder / ROLLOUT_FILE.format(process=self.args.process_index))
+        if self.args.should_save:
+            state = {
+                "value_head": self.policy.value_head.state_dict(),
+                "kl_coef": self.kl_control.coef,
+                "score_moments": self.score_moments.state(),
+                "figures": self.figures.state(),
+                "rollouts_done": self.rollouts_done,
+                "updates_done": self.updates_done,
+                "rollout_shape": self._rollout_shape(),
+            }
+            torch.save(state, folder / STATE_FILE)
+
+    def _rollout_shape(self) -> dict[str, int]:
+        """What must stay the same where a run is resumed in the middle of a rollout."""
+        names = ("per_device_train_batch_size", "gradient_accumulation_steps")
+        shape = {name: getattr(self.args, name) for name in names} | {"processes": self.args.world_size}
+        return shape | {name: getattr(self.settings.stage, name) for name in ("ppo_epochs", "ppo_buffer_size")}
+
+    def _load_ppo_state(self, folder: Path) -> None:
+        if not (folder / STATE_FILE).is_file():
+            raise SettingsError(f"{folder} has no {STATE_FILE} (--save_only_model?): PPO cannot be resumed from it")
+        state = torch.load(folder / STATE_FILE, map_location=self.args.device, weights_only=True)
+        self.policy.value_head.load_state_dict(state["value_head"])
+        self.kl_control.coef = state["kl_coef"]
+        self.score_moments.load(state["score_moments"])
+        self.figures.load(state["figures"])
+        self.rollouts_done, self.updates_done = state["rollouts_done"], state["updates_done"]
+        if self.updates_done == 0:
+            return
+        changed = {
+            name: value for name, value in self._rollout_shape().items() if value != state["rollout_shape"][name]
+        }
+        if changed:
+            now = ", ".join(f"{name} was {state['rollout_shape'][name]}, is {value}" for name, value in changed.items())
+            raise SettingsError(
+                f"{folder} was written in the middle of a rollout, which can only be continued as it was begun: {now}"
+            )
+        file = folder / ROLLOUT_FILE.format(process=self.args.process_index)
+        self.rollout = Rollout(**torch.load(file, map_location=self.args.device, weights_only=True))
+
+    def describe_run(self) -> dict[str, Any]:
+        """What decides the course of a run; a resumed run is compared with it."""
+        names = [name for name in vars(self.settings.stage) if name.startswith(("ppo_", "reward_", "ref_"))]
+        sampling = ppo_settings.sampling_of(self.settings)
+        return {
+            **super().describe_run(),
+            **{name: getattr(self.settings.stage, name) for name in names},
+            "max_new_tokens": self.settings.generation.max_new_tokens,
+            **sampling,
+        }
+
+
+# Means over the tokens of an update. `policy_kl`: how far the policy has moved since the rollout.
+UPDATE_FIGURES = (
+    "policy_loss",
+    "value_loss",
+    "entropy",
+    "clip_fraction",
+    "value_clip_fraction",
+    "ratio",
+    "policy_kl",
+)
+
+
+def build_reference(model: nn.Module, settings: Settings) -> Reference:
+    """The reference of a run: --ref_model, else the model as it was before its training began.
+
+    A new prefix or adapter is switched off. Everything else keeps a copy of the trained parameters as they were at
+    the start; a resumed run reads them again.
+    """
+    if settings.stage.ref_model:
+        try:
+            own = load_model(
+                settings.stage.ref_model,
+                quantization_bit=settings.model.quantization_bit,
+                dtype=getattr(torch, settings.precision),
+                device=settings.training.device,
+            )
+        except (ValueError, OSError) as error:
+            raise SettingsError(f"--ref_model: {error}") from error
+        return Reference(own.requires_grad_(False), is_own_model=True)
+    start = {P_TUNING: settings.model.ptuning_checkpoint, LORA: settings.tuning.adapter_name_or_path}
+    if settings.method in start and not start[settings.method]:
+        return Reference(model)
+    first = model if settings.checkpoint is None else prepare_model(replace(settings, checkpoint=None))
+    return Reference(model, initial=trained_values(first))
+
+
+def _check_room(rows: Any | None, model: nn.Module, max_new_tokens: int) -> None:
+    """Raises a SettingsError for a prompt after which no reply of `max_new_tokens` fits."""
+    try:
+        budget = prompt_budget(model, max_new_tokens)
+    except ValueError as error:
+        raise SettingsError(f"--max_new_tokens: {error}") from error
+    for i in range(0 if rows is None else len(rows)):
+        length = len(rows[i]["input_ids"])
+        if length > budget:
+            raise SettingsError(
+                f"the prompt of row {i} ({rows.where(i)}) has {length} tokens; with --max_new_tokens {max_new_tokens} "
+                f"at most {budget} fit into the model's context: lower one of --max_new_tokens and --max_seq_length"
+            )
