@@ -18,6 +18,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 from transformers.models.glm.modeling_glm import eager_attention_forward, repeat_kv
 
+from finetune_chatmodel_demo.chatglm3.packing import Packing, packed_attention
+
 # transformers' name of an attention function → ours, which does the same and knows prefixes.
 PREFIX_ATTENTION = {"sdpa": "sdpa_with_prefix", "eager": "eager_with_prefix"}
 
@@ -43,6 +45,14 @@ class Prefix:
         prefix = self.keys_values[layer].to(key.dtype).expand(-1, key.shape[0], -1, -1, -1)
         return torch.cat((prefix[0], key), dim=2), torch.cat((prefix[1], value), dim=2)
 
+    def put_in_front_of(
+        self, layer: int, conversation: int, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `put_in_front`, for one conversation of a packed row, which may have a prefix of its own (dropout)."""
+        copies = self.keys_values.shape[2]
+        prefix = self.keys_values[layer][:, conversation % copies, None].to(key.dtype)
+        return torch.cat((prefix[0], key), dim=2), torch.cat((prefix[1], value), dim=2)
+
     def open_columns(self, mask: torch.Tensor) -> torch.Tensor:
         """`mask` (batch, 1, queries, tokens) with the prefix columns in front: True, or 0 where masks are added."""
         if self.mask is None:
@@ -66,6 +76,7 @@ def sdpa_with_prefix(
     attention_mask: torch.Tensor | None,
     *,
     prefix: Prefix | None = None,
+    packing: Packing | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """PyTorch's fused attention, with `prefix` (if any) in front of the keys.
@@ -74,10 +85,14 @@ def sdpa_with_prefix(
         query: (batch, heads, queries, head_dim).
         key, value: (batch, groups, tokens, head_dim).
         attention_mask: True where a query may look, (batch, 1, queries, tokens); None: causal.
+        packing: the conversations of a packed row, which do not see each other; takes the mask's place.
 
     Returns:
         (batch, queries, heads, head_dim), None.
     """
+    if packing is not None:
+        scale, dropout = kwargs.get("scaling"), kwargs.get("dropout", 0.0)
+        return packed_attention(module, query, key, value, packing, prefix, scale, dropout), None
     if prefix is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     key, value = prefix.put_in_front(module.layer_idx, key, value)

@@ -3,7 +3,7 @@
 Exercise it with `pytest tests/test_model.py`: the original code's logits, gradients and training trajectories.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers.models.glm.modeling_glm import GlmForCausalLM, GlmModel, GlmPr
 
 from finetune_chatmodel_demo.chatglm3.attention import PREFIX_ATTENTION, Prefix, cache_with_prefix
 from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
+from finetune_chatmodel_demo.chatglm3.packing import Packing
 from finetune_chatmodel_demo.chatglm3.prefix import PREFIX_INIT_STD, PrefixEmbedding, PrefixEncoder
 
 IGNORED_LABEL = -100
@@ -97,6 +98,7 @@ class ChatGLM3Model(ChatGLM3PreTrainedModel, GlmModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        segment_lengths: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """
@@ -106,12 +108,23 @@ class ChatGLM3Model(ChatGLM3PreTrainedModel, GlmModel):
                 right only: causal attention never looks there.
             position_ids: (batch, tokens), from 0 behind the prefix; default: 0, 1, …
             past_key_values: cache of earlier tokens; text lengths in it do not count the prefix.
+            segment_lengths: makes `input_ids` (1, tokens) a packed row: tokens of each conversation, which do not see
+                each other. `position_ids` then start at 0 in each.
+
+        Raises:
+            ValueError: for a packed row without `position_ids`, with a mask or a cache, or with "eager" attention.
         """
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
+            use_cache = self.config.use_cache and not self.training and segment_lengths is None
+        if segment_lengths is not None:
+            self._check_packed(attention_mask, position_ids, past_key_values, use_cache)
+            kwargs["packing"] = Packing(segment_lengths)
+            # transformers takes a mask of four dimensions as it is; ours is in the packing.
+            attention_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=position_ids.device)
         if self.prefix_encoder is not None and self.prefix_enabled:
             text = input_ids if inputs_embeds is None else inputs_embeds
-            prefix = self._prefix_of(text, past_key_values)
+            rows = text.shape[0] if segment_lengths is None else len(segment_lengths)
+            prefix = self._prefix_of(rows, past_key_values)
             if use_cache or past_key_values is not None:
                 past_key_values = cache_with_prefix(past_key_values, prefix)
                 prefix.keys_values = None
@@ -126,7 +139,13 @@ class ChatGLM3Model(ChatGLM3PreTrainedModel, GlmModel):
             **kwargs,
         )
 
-    def _prefix_of(self, text: torch.Tensor, cache: Cache | None) -> Prefix:
+    def _check_packed(self, attention_mask: Any, position_ids: Any, cache: Any, use_cache: bool) -> None:
+        if position_ids is None or attention_mask is not None or cache is not None or use_cache:
+            raise ValueError("a packed row (segment_lengths) needs position_ids, and takes no mask and no cache")
+        if self.config._attn_implementation != PREFIX_ATTENTION["sdpa"]:
+            raise ValueError(f"a packed row needs attention 'sdpa', got {self.config._attn_implementation!r}")
+
+    def _prefix_of(self, rows: int, cache: Cache | None) -> Prefix:
         if self.config._attn_implementation not in PREFIX_ATTENTION.values():
             raise ValueError(
                 f"attention {self.config._attn_implementation!r} does not know prefixes; load the model with "
@@ -134,7 +153,7 @@ class ChatGLM3Model(ChatGLM3PreTrainedModel, GlmModel):
             )
         keys_values = None
         if cache is None or cache.get_seq_length() == 0:
-            keys_values = self.prefix_encoder(text.shape[0], self.embed_tokens.weight.dtype)
+            keys_values = self.prefix_encoder(rows, self.embed_tokens.weight.dtype)
         return Prefix(self.prefix_encoder.length, keys_values)
 
 
