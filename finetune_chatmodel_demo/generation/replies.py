@@ -77,7 +77,7 @@ class ReplyReader:
 
     Args:
         tokenizer: a `ChatGLMTokenizer`.
-        prompt_format: "multi-turn" replies have a metadata line, "input-output" replies are plain text.
+        prompt_format: "multi-turn" replies have a metadata line, those of the other formats are plain text.
 
     Attributes:
         parts: the assistant turns read so far.
