@@ -27,7 +27,7 @@ SAFE_FILE = "prefix_encoder.safetensors"
 OFFICIAL_FILE = "pytorch_model.bin"
 CONFIG_FILE = "config.json"
 OFFICIAL_KEY = "transformer.prefix_encoder."
-PROMPT_FORMATS = ("multi-turn", "input-output")
+PROMPT_FORMATS = ("multi-turn", "input-output", "default", "raw")
 
 
 class PrefixError(ValueError):
@@ -42,13 +42,15 @@ class PrefixConfig:
         pre_seq_len: prefix positions.
         prefix_projection: whether an MLP makes the prefix.
         base_model: folder or hub name of the model it was trained for; None: unknown.
-        prompt_format: "multi-turn" or "input-output"; None: an old checkpoint, which does not say.
+        prompt_format: one of PROMPT_FORMATS; None: an old checkpoint, which does not say.
+        prefix_dropout: the dropout that it was trained with; None: an old checkpoint, which does not say.
     """
 
     pre_seq_len: int
     prefix_projection: bool
     base_model: str | None = None
     prompt_format: str | None = None
+    prefix_dropout: float | None = None
 
 
 def is_prefix_checkpoint(folder: str | Path) -> bool:
@@ -121,7 +123,7 @@ def save_prefix(
         model: a model with a prefix.
         folder: created when missing.
         base_model: folder or hub name of the base model, kept for `inference.py`.
-        prompt_format: "multi-turn" or "input-output", the format it was trained with.
+        prompt_format: one of PROMPT_FORMATS, the format it was trained with.
         state_dict: the model's state where its parameters are spread over processes (DeepSpeed ZeRO-3).
 
     Raises:
@@ -135,6 +137,7 @@ def save_prefix(
     config = json.loads(model.config.to_json_string(use_diff=False)) | {
         "base_model_name_or_path": base_model,
         "prompt_format": prompt_format,
+        "prefix_dropout": model.prefix_encoder.dropout.p,  # for a run that goes on from here
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -204,6 +207,7 @@ def _describe(folder: Path, parameters: dict[str, torch.Tensor]) -> PrefixConfig
         prefix_projection=any(name.startswith("trans.") for name in parameters),
         base_model=values.get("base_model_name_or_path") or values.get("_name_or_path"),
         prompt_format=values.get("prompt_format"),
+        prefix_dropout=values.get("prefix_dropout"),
     )
 
 

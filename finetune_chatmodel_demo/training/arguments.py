@@ -35,6 +35,14 @@ class ModelArguments:
     prefix_init_std: float = field(
         default=1.0, metadata={"help": "Standard deviation of a new prefix (1.0 is the original's)."}
     )
+    prefix_init_text: str | None = field(
+        default=None,
+        metadata={"help": "A new prefix starts as the keys and values of this text (a UTF-8 file, or the words)."},
+    )
+    prefix_dropout: float | None = field(
+        default=None,
+        metadata={"help": "Dropout on the prefix while training; default: --ptuning_checkpoint's, else 0.1."},
+    )
     quantization_bit: int | None = field(
         default=None,
         metadata={"help": "Load the base model in 4 or 8 bits (ptuning and lora).", "choices": [4, 8]},

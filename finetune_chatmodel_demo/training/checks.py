@@ -25,7 +25,14 @@ if TYPE_CHECKING:
 LOWEST_SENSIBLE_PREFIX_LEARNING_RATE = 1e-3
 # Flags that mean something for one method only → how to choose it.
 FLAGS_OF_METHOD = {
-    P_TUNING: ("ptuning_checkpoint", "pre_seq_len", "prefix_projection", "prefix_init_std"),
+    P_TUNING: (
+        "ptuning_checkpoint",
+        "pre_seq_len",
+        "prefix_projection",
+        "prefix_init_std",
+        "prefix_init_text",
+        "prefix_dropout",
+    ),
     LORA: (
         "adapter_name_or_path",
         "lora_rank",
@@ -52,6 +59,7 @@ FLAGS_OF_STAGE = {
     ),
 }
 STREAMING_STAGES = ("pt", "sft")
+TEXT_FILE_ENDINGS = (".txt", ".md", ".json", ".jsonl")
 
 
 def check_files(model: ModelArguments, data: DataArguments, given: dict[str, object], notices: list[str]) -> None:
@@ -122,6 +130,7 @@ def _check_method(settings: "Settings") -> None:
         raise SettingsError(f"--pre_seq_len is {model.pre_seq_len}; give a length of 1 or more, e.g. 128")
     if model.prefix_init_std <= 0:
         raise SettingsError(f"--prefix_init_std is {model.prefix_init_std}; give a number above 0")
+    _check_prefix_start(model, given)
     for owner, flags in FLAGS_OF_METHOD.items():
         for flag in flags:
             if owner != method and given.get(flag):
@@ -134,6 +143,27 @@ def _check_method(settings: "Settings") -> None:
             f"the learning rate {rate:g} is low for P-Tuning v2: a prefix starts at N(0, 1) and hardly moves at such a "
             "rate; the original's scripts use 2e-2"
         )
+
+
+def _check_prefix_start(model: ModelArguments, given: dict[str, object]) -> None:
+    if model.prefix_dropout is not None and not 0 <= model.prefix_dropout < 1:
+        raise SettingsError(f"--prefix_dropout is {model.prefix_dropout}; give a share from 0 to below 1, e.g. 0.1")
+    text = model.prefix_init_text
+    if text is None:
+        return
+    if model.prefix_projection:
+        raise SettingsError(
+            "--prefix_init_text with --prefix_projection: an MLP computes the prefix, which cannot start as a text; "
+            "drop one of the two"
+        )
+    if model.ptuning_checkpoint:
+        raise SettingsError("--prefix_init_text is for a new prefix, --ptuning_checkpoint has one; drop one of the two")
+    if "prefix_init_std" in given:
+        raise SettingsError("--prefix_init_std is of a random prefix, --prefix_init_text takes a text's; drop one")
+    if not text.strip():
+        raise SettingsError("--prefix_init_text is empty; give a file, or some words")
+    if Path(text).suffix in TEXT_FILE_ENDINGS and len(text) < 260 and not Path(text).is_file():
+        raise SettingsError(f"--prefix_init_text {text} does not exist (the current folder is {Path.cwd()})")
 
 
 def _check_stage(settings: "Settings") -> None:

@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from finetune_chatmodel_demo.chatglm3.adapters import add_adapter, load_adapter, save_adapter
-from finetune_chatmodel_demo.chatglm3.checkpoints import load_prefix, save_prefix
-from finetune_chatmodel_demo.chatglm3.loading import load_model
+from finetune_chatmodel_demo.chatglm3.checkpoints import load_prefix, read_prefix_config, save_prefix
+from finetune_chatmodel_demo.chatglm3.loading import load_model, load_tokenizer
+from finetune_chatmodel_demo.chatglm3.prefix_start import encode_start, start_prefix_as
 from finetune_chatmodel_demo.training.arguments import FREEZE, FULL, LORA, P_TUNING, SettingsError
 from finetune_chatmodel_demo.training.settings import Settings
 
@@ -81,9 +82,34 @@ def _load_base(settings: Settings) -> nn.Module:
         device=settings.training.device,
         head="score" if settings.stage.stage == "rm" else "lm",
     )
-    if is_prefix and prefix_checkpoint is None:
-        model.prefix_encoder.reset_parameters(arguments.prefix_init_std)
+    if is_prefix:
+        _start_prefix(model, settings, prefix_checkpoint)
     return model
+
+
+def _start_prefix(model: nn.Module, settings: Settings, checkpoint: str | Path | None) -> None:
+    """Gives a new prefix its first values, and any prefix its dropout."""
+    arguments, encoder = settings.model, model.prefix_encoder
+    dropout = arguments.prefix_dropout
+    if checkpoint is not None:
+        if dropout is None:
+            dropout = read_prefix_config(checkpoint).prefix_dropout
+    elif arguments.prefix_init_text:
+        tokenizer = load_tokenizer(arguments.model_name_or_path)
+        start_prefix_as(model, encode_start(tokenizer, _read_text(arguments.prefix_init_text), encoder.length))
+    else:
+        encoder.reset_parameters(arguments.prefix_init_std)
+    if dropout is not None:
+        encoder.dropout.p = dropout
+
+
+def _read_text(text: str) -> str:
+    """The content of a file, or the words themselves."""
+    try:
+        is_file = Path(text).is_file()
+    except OSError:  # a text can be too long for a name
+        is_file = False
+    return Path(text).read_text(encoding="utf-8-sig").strip() if is_file else text
 
 
 def _put_adapter(model: nn.Module, settings: Settings) -> nn.Module:
