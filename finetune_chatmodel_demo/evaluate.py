@@ -1,4 +1,4 @@
-"""Counts exact answers: the base model against base + prefix, on files of conversations.
+"""Counts exact answers: the base model against base + prefix or base + adapter, on files of conversations.
 
     python finetune_chatmodel_demo/evaluate.py --pt-checkpoint output/pokemon \\
         --data "trained phrasings=formatted_data/pokemon_conversations.jsonl" \\
@@ -7,9 +7,10 @@
 Every assistant message with a "column" key is a question: the model gets the true conversation before it, answers
 greedily, and the reply must equal the reference text. With `--output X.json`:
 
-    {"model", "pt_checkpoint", "prompt_format", "device", "seed", "batch_size", "seconds",
+    {"model", "pt_checkpoint", "adapter", "prompt_format", "device", "seed", "batch_size", "seconds",
      "files": [{"name", "path", "questions_in_file", "max_new_tokens",
-                "scores": {"base": SCORE, "base + prefix": SCORE}}]}        without a prefix: {"model": SCORE}
+                "scores": {"base": SCORE, "base + prefix" or "base + adapter": SCORE}}]}
+                                                                            with neither: {"model": SCORE}
     SCORE: {"asked", "exact", "share", "wilson95": [low, high], "hit_cap", "by_column": {COLUMN: {"asked", "exact",
             "share"}}, "wrong": [{"column", "question", "expected", "got"}, … at most 20]}
 
@@ -33,13 +34,13 @@ if not __package__:  # run as a script: find the package, and let nothing in its
 from finetune_chatmodel_demo.generation.errors import UsageError, run_and_explain
 from finetune_chatmodel_demo.generation.loading import ModelChoice, add_model_arguments, choose_model, load_choice
 
-BASE, PREFIX, WHOLE = "base", "base + prefix", "model"
+BASE, WHOLE = "base", "model"
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line; every flag is also accepted with underscores."""
     parser = argparse.ArgumentParser(
-        description="Count exact answers of the base model and of base + prefix.",
+        description="Count exact answers of the base model and of base + prefix, or of base + LoRA adapter.",
         epilog="The docstring of this file documents the keys of --output.",
     )
     add_model_arguments(parser)
@@ -100,6 +101,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "model": choice.model,
         "pt_checkpoint": str(choice.prefix) if choice.prefix else None,
+        "adapter": str(choice.adapter) if choice.adapter else None,
         "prompt_format": choice.prompt_format,
         "device": choice.device,
         "seed": arguments.seed,
@@ -118,8 +120,10 @@ def _score_file(
     cap = arguments.max_new_tokens
     cap = longest_reply_needed(tokenizer, questions) if cap is None else cap
     conditions = {WHOLE: contextlib.nullcontext}
-    if choice.prefix is not None:
-        conditions = {BASE: model.prefix_disabled, PREFIX: contextlib.nullcontext}
+    if choice.tuned:
+        from finetune_chatmodel_demo.chatglm3.adapters import without_tuning
+
+        conditions = {BASE: lambda: without_tuning(model), f"base + {choice.tuned}": contextlib.nullcontext}
     scores = {}
     for condition, switch in conditions.items():
         with switch():
@@ -151,7 +155,7 @@ def format_table(result: dict[str, Any]) -> str:
 
 
 def format_examples(result: dict[str, Any], count: int) -> str:
-    """Some wrong replies of the last condition (the prefix's, where there is one), and how many were cut short."""
+    """Some wrong replies of the last condition (what was trained, if anything), and how many were cut short."""
     lines = []
     for file in result["files"]:
         condition, score = list(file["scores"].items())[-1]

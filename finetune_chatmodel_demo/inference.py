@@ -1,6 +1,7 @@
-"""Talks with ChatGLM3, with a P-Tuning v2 prefix or without.
+"""Talks with ChatGLM3, with a P-Tuning v2 prefix, a LoRA adapter, or as it is.
 
     python finetune_chatmodel_demo/inference.py --pt-checkpoint output/pokemon --model THUDM/chatglm3-6b
+    python finetune_chatmodel_demo/inference.py --adapter output/pokemon_lora --quantization-bit 4
     python finetune_chatmodel_demo/inference.py --pt-checkpoint output/pokemon --prompt 皮卡丘是什么属性？
     cat questions.txt | python finetune_chatmodel_demo/inference.py --pt-checkpoint output/pokemon
 
@@ -26,8 +27,8 @@ from finetune_chatmodel_demo.generation.loading import ModelChoice, add_model_ar
 def build_parser() -> argparse.ArgumentParser:
     """The command line; every flag is also accepted with underscores."""
     parser = argparse.ArgumentParser(
-        description="Talk with ChatGLM3, with a P-Tuning v2 prefix or without. In a terminal: a chat. With --prompt: "
-        "one answer. Prompts piped through standard input, one a line, form one conversation.",
+        description="Talk with ChatGLM3, with a P-Tuning v2 prefix, a LoRA adapter, or as it is. In a terminal: a "
+        "chat. With --prompt: one answer. Prompts piped through standard input, one a line, form one conversation.",
     )
     add_model_arguments(parser)
     add = parser.add_argument
@@ -82,9 +83,10 @@ def decode_lines(raw_lines: Iterable[bytes]) -> Iterator[str]:
 
 def describe(choice: ModelChoice) -> str:
     """One line on what answers."""
-    prefix = f" + prefix {choice.prefix}" if choice.prefix else ""
+    tuned = f" + {choice.tuned} {choice.prefix or choice.adapter}" if choice.tuned else ""
+    bits = f" in {choice.quantization_bit} bits" if choice.quantization_bit else ""
     alone = " (each question stands alone)" if choice.prompt_format == "input-output" else ""
-    return f"{choice.model}{prefix}, {choice.prompt_format} prompts{alone}, on {choice.device}"
+    return f"{choice.model}{bits}{tuned}, {choice.prompt_format} prompts{alone}, on {choice.device}"
 
 
 def chat(arguments: argparse.Namespace) -> None:

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapter_helpers import make_adapter
 from generation_helpers import PREFIX_LENGTH, build_prefix_folder, build_random_folder, greedy_without_cache
 
 from finetune_chatmodel_demo import inference
 from finetune_chatmodel_demo.chatglm3 import load_model
+from finetune_chatmodel_demo.chatglm3.adapters import load_adapter
 from finetune_chatmodel_demo.conversation.rendering import render_prompt
-from finetune_chatmodel_demo.generation import loading
+from finetune_chatmodel_demo.generation import folders as model_folders
 from finetune_chatmodel_demo.generation.errors import UsageError, run_and_explain
 from finetune_chatmodel_demo.generation.loading import choose_model
 from finetune_chatmodel_demo.generation.replies import read_reply
@@ -120,7 +122,7 @@ def test_an_original_checkpoint_is_multi_turn_and_says_so(golden, base, monkeypa
 
 
 def test_a_recorded_base_that_moved_is_looked_for_in_thudm(tmp_path, base, monkeypatch):
-    monkeypatch.setattr(loading, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(model_folders, "REPOSITORY", tmp_path)
     shutil.copytree(base, tmp_path / "THUDM" / "my-base")
     folder = build_prefix_folder(tmp_path / "prefix", base, base_model="/root/elsewhere/THUDM/my-base")
     assert choose("--pt-checkpoint", folder).model == str(tmp_path / "THUDM" / "my-base")
@@ -131,7 +133,7 @@ def test_a_recorded_base_that_moved_is_looked_for_in_thudm(tmp_path, base, monke
 
 def test_default_models_in_their_order(tmp_path, base, monkeypatch):
     folders = (tmp_path / "chatglm3-6b", tmp_path / "chatglm3-tiny")
-    monkeypatch.setattr(loading, "DEFAULT_MODELS", folders)
+    monkeypatch.setattr(model_folders, "DEFAULT_MODELS", folders)
     with pytest.raises(
         UsageError, match=r"no --model was given, and there is none at .*chatglm3-6b or .*chatglm3-tiny"
     ):
@@ -144,7 +146,7 @@ def test_default_models_in_their_order(tmp_path, base, monkeypatch):
 
 
 def test_folders_are_also_found_below_the_repository(tmp_path, base, monkeypatch):
-    monkeypatch.setattr(loading, "REPOSITORY", tmp_path / "repository")
+    monkeypatch.setattr(model_folders, "REPOSITORY", tmp_path / "repository")
     shutil.copytree(base, tmp_path / "repository" / "THUDM" / "m")
     monkeypatch.chdir(tmp_path)
     assert choose("--model", "THUDM/m").model == str(tmp_path / "repository" / "THUDM" / "m")
@@ -157,6 +159,82 @@ def test_without_a_gpu_the_cpu_is_used_and_that_is_said(base, monkeypatch):
         assert choice.device == "cpu"
         assert "there is no GPU that torch can use: running on the CPU" in choice.notices
     assert choose("--model", base, "--device", "cpu").notices == ()
+
+
+# --- LoRA adapters
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory, base):
+    return make_adapter(tmp_path_factory.mktemp("adapter"), base, prompt_format="input-output")
+
+
+def test_an_adapter_brings_its_base_and_its_format(base, adapter):
+    for flag in ("--adapter", "--adapter-name-or-path", "--adapter_name_or_path", "--adapter-checkpoint"):
+        choice = choose(flag, adapter)
+        assert (choice.model, choice.adapter, choice.prefix) == (str(base), adapter, None)
+        assert (choice.prompt_format, choice.tuned) == ("input-output", "adapter")
+        assert f"base model: {base} (recorded in the checkpoint)" in choice.notices
+
+
+def test_either_flag_takes_both_kinds_of_checkpoint(adapter, prefix):
+    choice = choose("--pt-checkpoint", adapter)
+    assert (choice.adapter, choice.prefix) == (adapter, None)
+    assert f"{adapter} is a LoRA adapter: it is used as with --adapter" in choice.notices
+    choice = choose("--adapter", prefix)
+    assert (choice.adapter, choice.prefix) == (None, prefix)
+    assert f"{prefix} is a prefix checkpoint: it is used as with --pt-checkpoint" in choice.notices
+
+
+def test_the_newest_adapter_of_a_run_is_used(tmp_path, adapter):
+    for step in (9, 10):
+        shutil.copytree(adapter, tmp_path / f"checkpoint-{step}")
+    assert choose("--adapter", tmp_path).adapter == tmp_path / "checkpoint-10"
+
+
+def test_an_adapter_answers_as_it_was_trained(capsys, base, adapter, model, tokenizer):
+    adapted = load_adapter(load_model(base, device="cpu"), adapter)
+    expected = reference_reply(adapted, tokenizer, [user(QUESTION)], 12, "input-output")
+    flags = ["--adapter", adapter, "--prompt", QUESTION, "--max-new-tokens", 12]
+    code, out, err = run_main(capsys, *flags)
+    assert (code, out) == (0, expected + "\n")
+    assert f"{base} + adapter {adapter}, input-output prompts" in err
+    with adapted.disable_adapter():
+        assert reference_reply(adapted, tokenizer, [user(QUESTION)], 12, "input-output") != expected
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_and_prefixes_on_quantized_bases(capsys, base, adapter, prefix, tokenizer, bits):
+    pytest.importorskip("bitsandbytes")
+    load = {"quantization_bit": bits, "device": "cpu"}
+    models = {
+        ("--adapter", adapter, "input-output"): load_adapter(load_model(base, **load), adapter),
+        ("--pt-checkpoint", prefix, "multi-turn"): load_model(base, pt_checkpoint=prefix, **load),
+    }
+    for (flag, folder, prompt_format), quantized in models.items():
+        # Not the argmax over the whole text: int8 rounds activations by row, so a cache changes the last digits.
+        session = ChatSession(quantized, tokenizer, prompt_format=prompt_format, max_new_tokens=8)
+        flags = ["--prompt", QUESTION, "--max-new-tokens", 8, "--quantization-bit", bits, "--device", "cpu"]
+        code, out, err = run_main(capsys, flag, folder, *flags)
+        assert (code, out) == (0, "".join(session.reply(QUESTION)) + "\n")
+        assert f"{base} in {bits} bits + " in err
+
+
+def test_reward_models_do_not_chat(capsys, tmp_path, base):
+    folder = make_adapter(tmp_path / "adapter", base, head="score")
+    code, _, err = run_main(capsys, "--adapter", folder, "--prompt", "x")
+    assert (code, err.splitlines()[-1]) == (
+        2,
+        f"error: {folder} belongs to a reward model (stage rm): it scores texts and cannot write any",
+    )
+    whole = tmp_path / "whole"
+    load_model(base, device="cpu", head="score").save_pretrained(whole)
+    code, _, err = run_main(capsys, "--model", whole, "--prompt", "x")
+    assert (code, err.splitlines()[-1]) == (
+        2,
+        f"error: --model {whole} is a reward model (stage rm): it scores texts and cannot write any",
+    )
 
 
 # --- mistakes
@@ -174,6 +252,13 @@ def test_without_a_gpu_the_cpu_is_used_and_that_is_said(base, monkeypatch):
         (["--pt-checkpoint", "{prefix}", "--pt-pre-seq-len", "128"], "has 6 positions, --pt-pre-seq-len says 128"),
         (["--model", "{base}", "--pt-pre-seq-len", "128"], "describes a prefix, but there is no --pt-checkpoint"),
         (["--pt-checkpoint", "{golden}", "--model", "{base}"], "another base model"),
+        (["--adapter", "nowhere"], "--adapter nowhere: no such folder; give the --output_dir"),
+        (["--adapter", "{empty}"], "is not a LoRA adapter: it holds nothing"),
+        (["--adapter", "{base}"], "holds a whole model, not an adapter; give it as --model"),
+        (["--model", "{adapter}"], "is a LoRA adapter; give it as --adapter"),
+        (["--adapter", "{adapter}", "--pt-checkpoint", "{prefix}"], "--pt-checkpoint and --adapter exclude each other"),
+        (["--adapter", "{adapter}", "--pt-pre-seq-len", "6"], "describes a prefix, but"),
+        (["--adapter", "{adapter}", "--model", "{tiny}"], "was trained for another base model"),
         (["--model", "{base}", "--device", "gpu"], "--device gpu is unknown; use cuda"),
         (["--model", "{base}", "--tokenizer", "{empty}"], "has no tokenizer.model"),
         (["--model", "{base}", "--prompt", " "], "--prompt is empty"),
@@ -182,8 +267,11 @@ def test_without_a_gpu_the_cpu_is_used_and_that_is_said(base, monkeypatch):
         (["--model", "{base}", "--format", "input-output", "--system", "s"], "--system has no place"),
     ],
 )
-def test_mistakes_end_with_code_2_and_say_what_to_do(capsys, tmp_path, golden, base, prefix, flags, message):
-    places = {"empty": tmp_path, "base": base, "prefix": prefix, "golden": golden / "tiny_prefix_checkpoint"}
+def test_mistakes_end_with_code_2_and_say_what_to_do(
+    capsys, tmp_path, tiny_folder, golden, base, prefix, adapter, flags, message
+):
+    places = {"empty": tmp_path, "base": base, "prefix": prefix, "adapter": adapter, "tiny": tiny_folder}
+    places["golden"] = golden / "tiny_prefix_checkpoint"
     code, out, err = run_main(capsys, *(flag.format(**places) for flag in flags))
     assert (code, out) == (2, "")
     assert message in err.splitlines()[-1]

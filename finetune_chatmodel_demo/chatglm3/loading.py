@@ -1,5 +1,6 @@
 """The functions with which everything else gets its tokenizer and its model."""
 
+import logging
 from pathlib import Path
 from typing import Any, Literal
 
@@ -111,6 +112,8 @@ def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype
 
 def _quantization(bits: int, dtype: torch.dtype | str) -> BitsAndBytesConfig:
     if bits == 8:
+        # It says in every layer of every step that activations become float16.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,

@@ -4,20 +4,24 @@ Shared by inference.py and evaluate.py. torch and transformers are imported wher
 """
 
 import argparse
-import json
-import re
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune_chatmodel_demo.conversation.rendering import PROMPT_FORMATS
 from finetune_chatmodel_demo.generation.errors import UsageError
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-# Tried in this order when neither --model nor the checkpoint names a base model.
-DEFAULT_MODELS = (REPOSITORY / "THUDM" / "chatglm3-6b", REPOSITORY / "THUDM" / "chatglm3-tiny")
-PROMPT_FORMATS = ("multi-turn", "input-output")
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_PREFIX_FILE = "prefix_encoder.safetensors"
+from finetune_chatmodel_demo.generation.folders import (
+    ADAPTER,
+    FLAGS,
+    PREFIX,
+    TITLES,
+    find_checkpoint,
+    find_folder,
+    find_model,
+    is_reward_model,
+    read_config,
+)
 
 
 @dataclass(frozen=True)
@@ -28,9 +32,11 @@ class ModelChoice:
         model: folder or hub name of the base or whole model.
         tokenizer: folder or hub name with `tokenizer.model`.
         prefix: folder of the prefix checkpoint.
-        prompt_format: "multi-turn" or "input-output".
+        adapter: folder of the LoRA adapter; at most one of the two is given.
+        prompt_format: one of `PROMPT_FORMATS`.
         device: for torch.
         notices: one line each, for the user: what was chosen and why, where that is not what the flags say.
+        quantization_bit: 4 or 8: the base model is quantized while it is loaded.
     """
 
     model: str
@@ -39,6 +45,13 @@ class ModelChoice:
     prompt_format: str
     device: str
     notices: tuple[str, ...]
+    adapter: Path | None = None
+    quantization_bit: int | None = None
+
+    @property
+    def tuned(self) -> str | None:
+        """What stands on the base model: "prefix", "adapter" or None. `without_tuning` switches it off."""
+        return PREFIX if self.prefix else ADAPTER if self.adapter else None
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +62,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--pt_checkpoint",
         metavar="DIR",
         help="prefix checkpoint, or the --output_dir of a run (its newest checkpoint is used then)",
+    )
+    add(
+        "--adapter",
+        "--adapter-name-or-path",
+        "--adapter_name_or_path",
+        "--adapter-checkpoint",
+        "--adapter_checkpoint",
+        metavar="DIR",
+        help="LoRA adapter of this project or of the original code, or the --output_dir of a run",
     )
     add(
         "--model",
@@ -69,6 +91,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         choices=PROMPT_FORMATS,
         help="prompt format (default: the one that the checkpoint was trained with)",
     )
+    add(
+        "--quantization-bit",
+        "--quantization_bit",
+        type=int,
+        choices=(4, 8),
+        help="load the base model in 4 or 8 bits (bitsandbytes)",
+    )
     add("--device", help="cuda, cuda:1, cpu … (default: cuda when there is a GPU, else cpu)")
 
 
@@ -77,42 +106,26 @@ def choose_model(arguments: argparse.Namespace) -> ModelChoice:
 
     Raises:
         UsageError: a folder is missing or is of the wrong kind, or flags contradict the checkpoint.
-        PrefixError: the prefix checkpoint cannot be read (a ValueError).
+        PrefixError, AdapterError: the checkpoint cannot be read (ValueErrors).
     """
     notices: list[str] = []
-    prefix, config = None, None
-    if arguments.pt_checkpoint is not None:
-        from finetune_chatmodel_demo.chatglm3 import read_prefix_config
-
-        prefix = find_prefix(arguments.pt_checkpoint, notices)
-        config = read_prefix_config(prefix)
-        wanted = arguments.pt_pre_seq_len
-        if wanted is not None and wanted != config.pre_seq_len:
-            raise UsageError(
-                f"{prefix}: the prefix has {config.pre_seq_len} positions, --pt-pre-seq-len says {wanted}; "
-                f"leave the flag out, or say {config.pre_seq_len}"
-            )
-    elif arguments.pt_pre_seq_len is not None:
-        raise UsageError("--pt-pre-seq-len describes a prefix, but there is no --pt-checkpoint; add it")
-    model = find_model(arguments.model, config, prefix, notices)
-    recorded = config.prompt_format if config else _recorded_format(model)
-    prompt_format = arguments.format or recorded
-    if prompt_format is None:
-        prompt_format = "multi-turn"
-        if prefix is not None:
-            notices.append(
-                "the checkpoint does not say which prompt format it was trained with: "
-                "multi-turn is assumed (--format input-output for the other one)"
-            )
-    elif recorded not in (None, prompt_format):
-        notices.append(f"--format {prompt_format}, although the checkpoint was trained with {recorded}")
+    kind, checkpoint = _choose_checkpoint(arguments, notices)
+    config = _describe(kind, checkpoint)
+    _check_length(arguments.pt_pre_seq_len, kind, checkpoint, config)
+    model = find_model(arguments.model, config.base_model if config else None, checkpoint, notices)
+    if is_reward_model(Path(model)):
+        raise UsageError(f"--model {model} is a reward model (stage rm): it scores texts and cannot write any")
+    if arguments.quantization_bit and importlib.util.find_spec("bitsandbytes") is None:
+        raise UsageError("--quantization-bit needs the package bitsandbytes; pip install bitsandbytes (Linux)")
     return ModelChoice(
         model=model,
-        tokenizer=_find_folder(arguments.tokenizer or model),
-        prefix=prefix,
-        prompt_format=prompt_format,
+        tokenizer=find_folder(arguments.tokenizer or model),
+        prefix=checkpoint if kind == PREFIX else None,
+        adapter=checkpoint if kind == ADAPTER else None,
+        prompt_format=_choose_format(arguments.format, config, model, notices),
         device=choose_device(arguments.device, notices),
         notices=tuple(notices),
+        quantization_bit=arguments.quantization_bit,
     )
 
 
@@ -120,15 +133,25 @@ def load_choice(choice: ModelChoice) -> tuple[Any, Any]:
     """Load what was chosen.
 
     Returns:
-        (model in evaluation mode, tokenizer)
+        (model in evaluation mode, tokenizer); with an adapter the model is PEFT's, which generates in the same way.
 
     Raises:
-        OSError, ValueError: see `load_model` and `load_tokenizer`.
+        OSError, ValueError: see `load_model`, `load_adapter` and `load_tokenizer`.
     """
-    from finetune_chatmodel_demo.chatglm3 import load_model, load_tokenizer
+    from finetune_chatmodel_demo.chatglm3 import ChatGLM3Config, load_model, load_tokenizer
+    from finetune_chatmodel_demo.chatglm3.adapters import check_adapter, load_adapter
 
     tokenizer = load_tokenizer(choice.tokenizer)
-    model = load_model(choice.model, pt_checkpoint=choice.prefix, device=choice.device)
+    if choice.adapter and Path(choice.model).is_dir():
+        check_adapter(choice.adapter, ChatGLM3Config.from_pretrained(choice.model))
+    model = load_model(
+        choice.model,
+        pt_checkpoint=choice.prefix,
+        quantization_bit=choice.quantization_bit,
+        device=choice.device,
+    )
+    if choice.adapter:
+        model = load_adapter(model, choice.adapter).eval()
     if tokenizer.vocab_size > model.config.padded_vocab_size:
         raise UsageError(
             f"{choice.tokenizer}: the tokenizer has {tokenizer.vocab_size} ids, the model {choice.model} only "
@@ -137,60 +160,70 @@ def load_choice(choice: ModelChoice) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def find_prefix(path: str, notices: list[str]) -> Path:
-    """Folder of a prefix: `path` itself, or the newest checkpoint-N in it.
-
-    Raises:
-        UsageError: there is none; says what the folder holds instead.
-    """
-    folder = Path(_find_folder(path))
-    if not folder.is_dir():
-        raise UsageError(f"--pt-checkpoint {path}: no such folder; give the --output_dir of the training run")
-    if _holds_prefix(folder):
-        return folder
-    newest = _newest_checkpoint(folder, _holds_prefix)
-    if newest is not None:
-        notices.append(f"{folder} holds checkpoints: using the newest, {newest.name}")
-        return newest
-    if _holds_model(folder) or _newest_checkpoint(folder, _holds_model):
-        raise UsageError(f"--pt-checkpoint {folder} holds a whole model, not a prefix; give it as --model")
-    raise UsageError(
-        f"--pt-checkpoint {folder} is not a prefix checkpoint: it holds {_list(folder)}, but neither {_PREFIX_FILE} "
-        "nor pytorch_model.bin; has the training run saved one yet?"
-    )
-
-
-def find_model(path: str | None, config: Any, prefix: Path | None, notices: list[str]) -> str:
-    """Folder or hub name of the model: what was asked for, else what the checkpoint records, else the default.
-
-    Args:
-        path: --model.
-        config: the `PrefixConfig`, or None without a prefix.
-        prefix: its folder.
-        notices: lines for the user are added here.
-
-    Raises:
-        UsageError: there is no such model.
-    """
-    if path is not None:
-        return _check_model(_find_folder(path), notices)
-    if config is not None and config.base_model:
-        recorded = config.base_model
-        here = REPOSITORY / "THUDM" / Path(recorded.replace("\\", "/")).name
-        for candidate in (Path(recorded), prefix / recorded, REPOSITORY / recorded, here):
-            if candidate.is_dir():
-                notices.append(f"base model: {candidate} (recorded in the checkpoint)")
-                return _check_model(str(candidate), notices)
+def _choose_checkpoint(arguments: argparse.Namespace, notices: list[str]) -> tuple[str | None, Path | None]:
+    """The prefix or adapter among the flags; each is also accepted behind the other's flag, which is said."""
+    if arguments.pt_checkpoint is not None and arguments.adapter is not None:
         raise UsageError(
-            f"{prefix} was trained on {recorded}, which is not on this machine; say where it is with --model DIR "
-            "(THUDM/README.md says how to get the official weights)"
+            "--pt-checkpoint and --adapter exclude each other: each was trained without the other. Merge the adapter "
+            "with export.py first, and train the prefix on the result"
         )
-    for candidate in DEFAULT_MODELS:
-        if candidate.is_dir():
-            why = "the checkpoint names no base model" if prefix else "no --model was given"
-            notices.append(f"model: {candidate} ({why})")
-            return _check_model(str(candidate), notices)
-    raise UsageError(f"no --model was given, and there is none at {' or '.join(map(str, DEFAULT_MODELS))}")
+    for expected, path in ((PREFIX, arguments.pt_checkpoint), (ADAPTER, arguments.adapter)):
+        if path is not None:
+            kind, folder = find_checkpoint(path, FLAGS[expected], notices)
+            if kind != expected:
+                notices.append(f"{folder} is {TITLES[kind]}: it is used as with {FLAGS[kind]}")
+            return kind, folder
+    return None, None
+
+
+def _describe(kind: str | None, folder: Path | None) -> Any:
+    """`PrefixConfig`, `AdapterConfig` or None.
+
+    Raises:
+        UsageError: an adapter of a reward model.
+    """
+    if kind == PREFIX:
+        from finetune_chatmodel_demo.chatglm3 import read_prefix_config
+
+        return read_prefix_config(folder)
+    if kind == ADAPTER:
+        from finetune_chatmodel_demo.chatglm3.adapters import read_adapter_config
+
+        config = read_adapter_config(folder)
+        if config.is_reward_model:
+            raise UsageError(f"{folder} belongs to a reward model (stage rm): it scores texts and cannot write any")
+        return config
+    return None
+
+
+def _check_length(wanted: int | None, kind: str | None, folder: Path | None, config: Any) -> None:
+    if wanted is None:
+        return
+    if kind is None:
+        raise UsageError("--pt-pre-seq-len describes a prefix, but there is no --pt-checkpoint; add it")
+    if kind != PREFIX:
+        raise UsageError(f"--pt-pre-seq-len describes a prefix, but {folder} is {TITLES[kind]}; leave it out")
+    if wanted != config.pre_seq_len:
+        raise UsageError(
+            f"{folder}: the prefix has {config.pre_seq_len} positions, --pt-pre-seq-len says {wanted}; "
+            f"leave the flag out, or say {config.pre_seq_len}"
+        )
+
+
+def _choose_format(given: str | None, config: Any, model: str, notices: list[str]) -> str:
+    """What was asked for, else what the checkpoint or the fully tuned model was trained with, else multi-turn."""
+    recorded = config.prompt_format if config else read_config(Path(model)).get("prompt_format")
+    recorded = recorded if recorded in PROMPT_FORMATS else None
+    if given is not None:
+        if recorded not in (None, given):
+            notices.append(f"--format {given}, although the checkpoint was trained with {recorded}")
+        return given
+    if recorded is None and config is not None:
+        notices.append(
+            "the checkpoint does not say which prompt format it was trained with: "
+            "multi-turn is assumed (--format input-output for the other one)"
+        )
+    return recorded or "multi-turn"
 
 
 def choose_device(wanted: str | None, notices: list[str]) -> str:
@@ -216,73 +249,3 @@ def choose_device(wanted: str | None, notices: list[str]) -> str:
         notices.append("torch cannot use mps here: running on the CPU")
         return "cpu"
     return device
-
-
-def _find_folder(path: str) -> str:
-    """A folder as it was typed, or the same below the repository; what is neither may be a hub name."""
-    for candidate in (Path(path).expanduser(), REPOSITORY / path):
-        if candidate.is_dir():
-            return str(candidate)
-    return path
-
-
-def _check_model(path: str, notices: list[str]) -> str:
-    folder = Path(path)
-    if not folder.is_dir() or _holds_model(folder):
-        return path
-    if _holds_prefix(folder):
-        raise UsageError(f"--model {folder} is a prefix checkpoint; give it as --pt-checkpoint")
-    newest = _newest_checkpoint(folder, _holds_model)
-    if newest is not None:
-        notices.append(f"{folder} holds checkpoints: using the newest, {newest.name}")
-        return str(newest)
-    if _newest_checkpoint(folder, _holds_prefix) is not None:
-        raise UsageError(f"--model {folder} holds prefix checkpoints; give it as --pt-checkpoint")
-    raise UsageError(
-        f"--model {folder} holds no weights (found: {_list(folder)}); THUDM/README.md says how to get them"
-    )
-
-
-def _holds_prefix(folder: Path) -> bool:
-    if (folder / _PREFIX_FILE).is_file():
-        return True
-    is_single_bin = (folder / "pytorch_model.bin").is_file() and not (folder / "model.safetensors").is_file()
-    # The original demo writes a prefix of 7 MB for the 6B model under the name of whole models.
-    return is_single_bin and (_read_config(folder).get("pre_seq_len") is not None or not _has_config(folder))
-
-
-def _holds_model(folder: Path) -> bool:
-    if not _has_config(folder) or _holds_prefix(folder):
-        return False
-    return any(next(folder.glob(name), None) for name in ("*.safetensors", "pytorch_model*.bin"))
-
-
-def _has_config(folder: Path) -> bool:
-    return (folder / "config.json").is_file()
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
-
-
-def _recorded_format(model: str) -> str | None:
-    """What a fully fine-tuned model was trained with, where its config.json says so."""
-    recorded = _read_config(Path(model)).get("prompt_format")
-    return recorded if recorded in PROMPT_FORMATS else None
-
-
-def _newest_checkpoint(folder: Path, is_usable: Any) -> Path | None:
-    steps = []
-    for child in folder.iterdir():
-        match = _CHECKPOINT.fullmatch(child.name)
-        if match and child.is_dir() and is_usable(child):
-            steps.append((int(match.group(1)), child))
-    return max(steps)[1] if steps else None
-
-
-def _list(folder: Path) -> str:
-    return ", ".join(sorted(child.name for child in folder.iterdir())[:8]) or "nothing"
