@@ -8,6 +8,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+from conversation_helpers import ASSISTANT, OBSERVATION, TOKENIZER, USER, conversation, message, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,42 +32,9 @@ from finetune_chatmodel_demo.conversation import (
 ROLES = ("system", "user", "assistant", "observation")
 
 
-class CharacterTokenizer:
-    """Stands in for ChatGLM3's: a token is a character, control tokens are 1 to 6."""
-
-    eos_token_id = 6
-    commands = ("[gMASK]", "sop", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
-
-    def get_command(self, token: str) -> int:
-        return (1, 2, 3, 4, 5, 7)[self.commands.index(token)]
-
-    def encode_text(self, text: str) -> list[int]:
-        return [100 + ord(character) for character in text]
-
-    def build_single_message(self, role: str, metadata: str, message: str) -> list[int]:
-        return [self.get_command(f"<|{role}|>"), *self.encode_text(f"{metadata}\n"), *self.encode_text(message)]
-
-
-TOKENIZER = CharacterTokenizer()
-USER, ASSISTANT, OBSERVATION = (TOKENIZER.get_command(f"<|{role}|>") for role in ("user", "assistant", "observation"))
-
-
-def message(role: str, content: str, **extra) -> dict:
-    return {"role": role, "content": content, **extra}
-
-
-def conversation(*messages: dict, **extra) -> dict:
-    return {"conversations": list(messages), **extra}
-
-
 PIKACHU = conversation(message("user", "皮卡丘？"), message("assistant", "电属性。"))
 BULBASAUR = conversation(message("user", "妙蛙种子？"), message("assistant", "草，毒。"))
 SETTINGS = {"max_seq_length": 2048, "max_source_length": 1024, "max_target_length": 128}
-
-
-def write_jsonl(path: Path, records: list) -> Path:
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
-    return path
 
 
 # Reading
