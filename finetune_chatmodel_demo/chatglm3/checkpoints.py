@@ -9,10 +9,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -67,7 +67,7 @@ def read_prefix_config(folder: str | Path) -> PrefixConfig:
     Raises:
         PrefixError: when there is no readable prefix in the folder.
     """
-    return _describe(Path(folder), _read_parameters(Path(folder)))
+    return _describe(Path(folder), read_prefix_parameters(Path(folder)))
 
 
 def load_prefix(model: "ChatGLM3ForCausalLM", folder: str | Path, *, pre_seq_len: int | None = None) -> PrefixConfig:
@@ -82,7 +82,7 @@ def load_prefix(model: "ChatGLM3ForCausalLM", folder: str | Path, *, pre_seq_len
         PrefixError: for a missing or damaged checkpoint, missing or left-over keys, or shapes of another base model.
     """
     folder = Path(folder)
-    parameters = _read_parameters(folder)
+    parameters = read_prefix_parameters(folder)
     found = _describe(folder, parameters)
     if pre_seq_len is not None and pre_seq_len != found.pre_seq_len:
         raise PrefixError(
@@ -105,7 +105,7 @@ def check_prefix(folder: str | Path, config: ChatGLM3Config) -> None:
     Raises:
         PrefixError: as `load_prefix`.
     """
-    parameters = _read_parameters(Path(folder))
+    parameters = read_prefix_parameters(Path(folder))
     _check_base(Path(folder), parameters, _describe(Path(folder), parameters), config)
 
 
@@ -139,15 +139,37 @@ def save_prefix(
         "prompt_format": prompt_format,
         "prefix_dropout": model.prefix_encoder.dropout.p,  # for a run that goes on from here
     }
+    write_prefix(folder, parameters, config)
+
+
+def write_prefix(
+    folder: str | Path,
+    parameters: Mapping[str, torch.Tensor],
+    config: Mapping[str, Any],
+    *,
+    files: Sequence[str] = (SAFE_FILE, OFFICIAL_FILE),
+) -> None:
+    """Writes a prefix checkpoint.
+
+    Args:
+        folder: created when missing; keeps its other files.
+        parameters: by their own names: `embedding.weight`, `trans.0.weight` …
+        config: what goes into config.json.
+        files: which of the two forms of the parameters are written.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".prefix-", dir=folder))
     try:
-        save_file(parameters, scratch / SAFE_FILE, metadata={"format": "pt"})
-        torch.save({OFFICIAL_KEY + name: value for name, value in parameters.items()}, scratch / OFFICIAL_FILE)
-        (scratch / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        shutil.copymode(scratch / CONFIG_FILE, scratch / SAFE_FILE)  # safetensors lets nobody else read its files
-        for name in (SAFE_FILE, OFFICIAL_FILE, CONFIG_FILE):
+        if SAFE_FILE in files:
+            save_file(dict(parameters), scratch / SAFE_FILE, metadata={"format": "pt"})
+        if OFFICIAL_FILE in files:
+            torch.save({OFFICIAL_KEY + name: value for name, value in parameters.items()}, scratch / OFFICIAL_FILE)
+        text = json.dumps(dict(config), indent=2, ensure_ascii=False) + "\n"
+        (scratch / CONFIG_FILE).write_text(text, encoding="utf-8")
+        for name in (*files, CONFIG_FILE):
+            if name != CONFIG_FILE:  # safetensors lets nobody else read its files
+                shutil.copymode(scratch / CONFIG_FILE, scratch / name)
             os.replace(scratch / name, folder / name)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -173,7 +195,12 @@ def _parameters_of(folder: Path) -> dict[str, torch.Tensor]:
     return {k.removeprefix(OFFICIAL_KEY): v for k, v in state.items() if k.startswith(OFFICIAL_KEY)}
 
 
-def _read_parameters(folder: Path) -> dict[str, torch.Tensor]:
+def read_prefix_parameters(folder: Path) -> dict[str, torch.Tensor]:
+    """The prefix's parameters by their own names, from either form.
+
+    Raises:
+        PrefixError: when there is no readable prefix in the folder.
+    """
     if not folder.is_dir():
         raise PrefixError(f"{folder} is not a folder. Give the folder that finetune.py wrote (its --output_dir).")
     if (folder / SAFE_FILE).is_file():
