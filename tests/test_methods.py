@@ -174,7 +174,7 @@ def test_lora_says_what_it_is(model, data, tmp_path, capsys):
         ({"stage": "dpo", "reward_model": "x"}, "--reward_model belongs to --stage ppo"),
         ({"streaming": True, "max_steps": -1}, "--streaming does not know how many rows there are"),
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "follows the validation loss, and there is no validation data"),
-        ({"do_predict": True}, "--do_predict answers the validation data, and there is none"),
+        ({"do_predict": True, "do_train": True}, "--do_predict answers the validation data, and there is none"),
     ],
 )
 def test_impossible_combinations_are_refused(options, message, model, data, tmp_path, capsys):

@@ -167,7 +167,7 @@ def test_a_gpu_turns_on_bf16_and_gradient_checkpointing(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"train_file": None}, "--train_file is missing"),
+        ({"train_file": None}, "there is nothing to read: give --train_file FILE"),
         ({"train_file": "nowhere.jsonl"}, "--train_file nowhere.jsonl does not exist"),
         ({"validation_file": "nowhere.jsonl"}, "--validation_file nowhere.jsonl does not exist"),
         ({"model_name_or_path": "/nowhere"}, "--model_name_or_path /nowhere is not a folder"),
@@ -355,7 +355,7 @@ def test_start_is_described(model, data, tmp_path, capsys):
     for text in (
         "'<|assistant|>': ",
         " -> -100",
-        "24 rows of 24 records",
+        "train:      24 rows",
         "P-Tuning v2, a prefix of 4 positions: 256 of ",
         "0.02, linear, warm-up over 0 steps",
         "2 rows × 4 accumulated × 1 processes = 8 rows a step",

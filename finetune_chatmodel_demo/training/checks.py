@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from finetune_chatmodel_demo.conversation.arguments import DataArguments
+from finetune_chatmodel_demo.conversation.stage_data import check_flags
 from finetune_chatmodel_demo.training.arguments import (
     FREEZE,
     FULL,
@@ -62,13 +63,15 @@ STREAMING_STAGES = ("pt", "sft")
 TEXT_FILE_ENDINGS = (".txt", ".md", ".json", ".jsonl")
 
 
-def check_files(model: ModelArguments, data: DataArguments, given: dict[str, object], notices: list[str]) -> None:
+def check_files(
+    model: ModelArguments, data: DataArguments, stage: str, given: dict[str, object], notices: list[str]
+) -> None:
     """Files and folders that must be there.
 
     Raises:
         SettingsError: for the first that is missing.
     """
-    _check_data(data, given)
+    _check_data(data, stage, given)
     if not model.model_name_or_path:
         raise SettingsError("--model_name_or_path is missing: the folder of the base model, e.g. THUDM/chatglm3-6b")
     folder = Path(model.model_name_or_path)
@@ -86,22 +89,20 @@ def check_files(model: ModelArguments, data: DataArguments, given: dict[str, obj
         raise SettingsError(f"--deepspeed {deepspeed} does not exist")
 
 
-def _check_data(data: DataArguments, given: dict[str, object]) -> None:
-    if data.train_file and data.dataset:
-        raise SettingsError("--train_file and --dataset exclude each other; give a file, or names of the registry")
-    if data.validation_file and data.eval_dataset:
-        raise SettingsError("--validation_file and --eval_dataset exclude each other; give one")
-    if data.val_size and (data.validation_file or data.eval_dataset):
-        raise SettingsError("--val_size takes validation rows from the training data; drop it, or the validation data")
-    trains = given.get("do_train") or not (given.get("do_eval") or given.get("do_predict"))
-    if trains and not (data.train_file or data.dataset):
-        raise SettingsError(
-            "--train_file is missing: the JSON or JSON lines file to train on (or --dataset: names of a registry)"
-        )
+def _check_data(data: DataArguments, stage: str, given: dict[str, object]) -> None:
     for flag in ("train_file", "validation_file"):
         path = getattr(data, flag)
         if path and not Path(path).is_file():
             raise SettingsError(f"--{flag} {path} does not exist (the current folder is {Path.cwd()})")
+    try:
+        check_flags(data, stage, needs_train=trains(given))
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+
+
+def trains(given: dict[str, object]) -> bool:
+    """Commands without any of --do_train, --do_eval and --do_predict train, as the original demo's do."""
+    return bool(given.get("do_train") or not (given.get("do_eval") or given.get("do_predict")))
 
 
 def check_settings(settings: "Settings") -> None:
@@ -185,11 +186,6 @@ def _check_stage(settings: "Settings") -> None:
         from finetune_chatmodel_demo.training.stages.ppo_settings import check_ppo_settings
 
         check_ppo_settings(settings)
-    if settings.data.train_format == "input-output":
-        if stage != "sft":
-            raise SettingsError(f"--train_format input-output belongs to --stage sft, not {stage}; drop it")
-        if settings.data.dataset:
-            raise SettingsError("--train_format describes --train_file; with --dataset the registry says the format")
 
 
 def _check_quantization(settings: "Settings") -> None:

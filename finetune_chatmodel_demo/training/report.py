@@ -59,19 +59,33 @@ def uses_checkpointing(args: Any) -> bool:
     return bool(getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing)
 
 
-def sanity_check(tokenizer: Any, input_ids: Sequence[int], labels: Sequence[int]) -> str:
+def sanity_check(tokenizer: Any, row: dict[str, Sequence[int]]) -> str:
     """Returns the first row as the original demo shows it: token, id and label, one a line.
 
     The middle of a long row is left out.
+
+    Args:
+        tokenizer: says what an id stands for.
+        row: an item of the training data, of any stage.
     """
+    if "chosen_ids" in row:
+        parts = {"prompt": "prompt_ids", "chosen": "chosen_ids", "rejected": "rejected_ids"}
+        return _show_texts(tokenizer, row, "the first pair", parts)
+    if len(row["labels"]) != len(row["input_ids"]):
+        return _show_texts(tokenizer, row, "the first prompt", {"prompt": "input_ids", "reference": "labels"})
     lines = [
         f"{tokenizer.convert_ids_to_tokens(token)!r:>20}: {token} -> {label}"
-        for token, label in zip(input_ids, labels, strict=True)
+        for token, label in zip(row["input_ids"], row["labels"])
     ]
     if len(lines) > LONGEST_SANITY_CHECK:
         half = LONGEST_SANITY_CHECK // 2
         lines[half:-half] = [f"{'…':>20}  ({len(lines) - 2 * half} tokens are not shown)"]
     return "\n".join(["sanity check: the first row (-100: no loss)", *lines])
+
+
+def _show_texts(tokenizer: Any, row: dict[str, Sequence[int]], what: str, parts: dict[str, str]) -> str:
+    lines = [f"  {name:<10}{tokenizer.decode(row[key], skip_special_tokens=False)!r}" for name, key in parts.items()]
+    return "\n".join([f"sanity check: {what}", *lines])
 
 
 def _name(value: Any) -> str:

@@ -244,7 +244,7 @@ class RunTrainer(Trainer):
         return {
             "train_format": data.train_format,
             "template": data.template,
-            "train_file": data.dataset or Path(data.train_file).name,
+            "train_file": data.dataset or Path(data.train_file or "").name,
             "rows": len(self.train_dataset),
             "tokens": sum(self.train_dataset.lengths),
             "pre_seq_len": self.settings.pre_seq_len,

@@ -28,7 +28,7 @@ from finetune_chatmodel_demo.training.checkpoints import (
     list_checkpoints,
     read_whole_checkpoint,
 )
-from finetune_chatmodel_demo.training.checks import check_files, check_settings, has_gpu
+from finetune_chatmodel_demo.training.checks import check_files, check_settings, has_gpu, trains
 
 METHOD_TITLES = {
     P_TUNING: "P-Tuning v2",
@@ -81,14 +81,19 @@ class Settings:
 
     @property
     def does_train(self) -> bool:
-        """Commands without any of --do_train, --do_eval and --do_predict train, as the original demo's do."""
-        others = self.given.get("do_eval") or self.given.get("do_predict")
-        return bool(self.given.get("do_train") or not others)
+        """Whether anything is trained; see `checks.trains`."""
+        return trains(self.given)
+
+    @property
+    def does_evaluate(self) -> bool:
+        """Whether the validation loss is computed: after training, or where it was asked for."""
+        return bool(self.does_train or self.given.get("do_eval"))
 
     @property
     def has_validation(self) -> bool:
-        """Whether there is something to validate on."""
-        return bool(self.data.validation_file or self.data.eval_dataset or self.data.val_size)
+        """Whether there is something to validate on; where nothing is trained, the training data is."""
+        is_named = self.data.validation_file or self.data.eval_dataset or self.data.val_size
+        return bool(is_named or not self.does_train)
 
     @property
     def precision(self) -> str:
@@ -123,8 +128,8 @@ def decide_settings(given: dict[str, object], notices: list[str] | None = None) 
     except ValueError as error:
         raise SettingsError(str(error)) from error
     model = ModelArguments(**_select(given, ModelArguments))
-    check_files(model, data, given, notices)
     tuning, stage = MethodArguments(**_select(given, MethodArguments)), StageArguments(**_select(given, StageArguments))
+    check_files(model, data, stage.stage, given, notices)
     method = tuning.finetuning_type or (P_TUNING if model.pre_seq_len or model.ptuning_checkpoint else FULL)
     settings = Settings(
         model=model,

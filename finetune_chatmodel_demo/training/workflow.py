@@ -8,7 +8,9 @@ from typing import Any
 from transformers import set_seed
 
 from finetune_chatmodel_demo.chatglm3.loading import load_tokenizer
-from finetune_chatmodel_demo.conversation.datasets import build_dataset
+from finetune_chatmodel_demo.conversation.records import RecordError
+from finetune_chatmodel_demo.conversation.stage_data import StageData, build_stage_data
+from finetune_chatmodel_demo.training.arguments import SettingsError
 from finetune_chatmodel_demo.training.checkpoints import (
     list_checkpoints,
     read_whole_checkpoint,
@@ -26,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def run_finetuning(settings: Settings) -> RunTrainer:
-    """Trains, validates and saves.
+    """Trains, validates and saves; or, with --do_eval or --do_predict alone, only that.
 
     Args:
         settings: the decided run.
@@ -43,27 +45,32 @@ def run_finetuning(settings: Settings) -> RunTrainer:
     set_seed(args.seed)
     tokenizer = load_tokenizer(settings.model.model_name_or_path)
     # Data first: its errors show before gigabytes of weights are read.
-    train_rows = _read_rows(settings, settings.data.train_file, tokenizer)
-    validation_rows = None
-    if settings.data.validation_file:
-        validation_rows = _read_rows(settings, settings.data.validation_file, tokenizer)
+    data = _read_data(settings, tokenizer)
     model = prepare_model(settings)
-    trainer = trainer_class(settings.stage.stage)(model, settings, tokenizer, train_rows, validation_rows)
+    trainer = trainer_class(settings.stage.stage)(model, settings, tokenizer, data.train, data.validation)
     if args.should_log:
-        _print_start(settings, trainer, tokenizer, validation_rows)
+        _print_start(settings, trainer, tokenizer, data)
     if args.should_save:
         _prepare_output(settings)
-    _train(settings, trainer)
-    if validation_rows is not None and not _was_evaluated(trainer):
+    if settings.does_train:
+        _train(settings, trainer)
+    if data.validation is not None and settings.does_evaluate and not _was_evaluated(trainer):
         trainer.evaluate()
-    trainer.save_result()
+    if settings.does_train:
+        trainer.save_result()
     if args.should_log:
         print(f"finished: {args.output_dir}", flush=True)
     return trainer
 
 
-def _read_rows(settings: Settings, path: str, tokenizer: Any) -> Any:
-    return build_dataset(settings.data.train_format, path, tokenizer, **settings.data.dataset_options())
+def _read_data(settings: Settings, tokenizer: Any) -> StageData:
+    stage, seed = settings.stage.stage, settings.training.seed
+    try:
+        return build_stage_data(settings.data, stage, tokenizer, seed, needs_train=settings.does_train)
+    except RecordError:
+        raise
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
 
 
 def trainer_class(stage: str) -> type[RunTrainer]:
@@ -85,13 +92,12 @@ def trainer_class(stage: str) -> type[RunTrainer]:
     return ChatTrainer
 
 
-def _print_start(settings: Settings, trainer: RunTrainer, tokenizer: Any, validation_rows: Any) -> None:
-    rows = trainer.train_dataset.rows
-    print(sanity_check(tokenizer, rows[0]["input_ids"], rows[0]["labels"]))
-    print(f"training data: {rows.report}")
-    if validation_rows is not None:
-        print(f"validation data: {validation_rows.report}")
-    print(f"the run:\n{describe_start(settings, trainer)}")
+def _print_start(settings: Settings, trainer: RunTrainer, tokenizer: Any, data: StageData) -> None:
+    rows = data.train if settings.does_train else data.validation
+    print(sanity_check(tokenizer, next(iter(rows)) if settings.data.streaming else rows[0]))
+    print(data.table)
+    if settings.does_train:
+        print(f"the run:\n{describe_start(settings, trainer)}")
     for notice in settings.notices + _changes_since(settings, trainer):
         print(f"note: {notice}")
     print(flush=True)
@@ -114,7 +120,7 @@ def _prepare_output(settings: Settings) -> None:
     folder = Path(settings.training.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
-    if settings.checkpoint is None:
+    if settings.does_train and settings.checkpoint is None:
         for checkpoint in list_checkpoints(folder):
             remove_checkpoint(checkpoint)
     text = json.dumps(settings.given, ensure_ascii=False, indent=1, default=str)
