@@ -1,6 +1,6 @@
-"""Greedy answers to many prompts: sorted by length, left-padded, equal to asking one by one."""
+"""Answers to many prompts, greedy unless asked otherwise: sorted by length, left-padded, equal to asking one by one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,14 +28,16 @@ def generate_replies(
     max_new_tokens: int,
     batch_size: int,
     prompt_format: str = "multi-turn",
+    sampling: Mapping[str, Any] | None = None,
     progress: bool = False,
     description: str = "answering",
 ) -> list[BatchReply]:
-    """Answer every prompt greedily.
+    """Answer every prompt.
 
     Args:
         prompts: rendered prompts, as from `render_prompt`.
         batch_size: prompts a step; rows of a batch have similar lengths.
+        sampling: `do_sample` and what belongs to it, as `build_settings` takes them; default: greedy.
         progress: show a bar on standard error.
 
     Returns:
@@ -50,7 +52,7 @@ def generate_replies(
     for i, prompt in enumerate(prompts):
         if len(prompt) > budget:
             raise PromptTooLongError(f"prompt {i} has {len(prompt)} tokens; at most {budget} leave room for the answer")
-    settings = build_settings(tokenizer, max_new_tokens=max_new_tokens)
+    settings = build_settings(tokenizer, max_new_tokens=max_new_tokens, **(sampling or {}))
     # Longest first: a batch that does not fit into memory fails at once, and the bar's estimate is never too low.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     replies: dict[int, BatchReply] = {}

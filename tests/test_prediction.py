@@ -1,0 +1,247 @@
+"""--do_predict: which reply is asked for, the answers, and their scores against figures computed by hand."""
+
+import importlib.util
+import json
+import logging
+import math
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from training_helpers import make_model, write_conversations
+
+from finetune_chatmodel_demo.chatglm3 import load_model
+from finetune_chatmodel_demo.conversation.arguments import DataArguments
+from finetune_chatmodel_demo.conversation.datasets import build_dataset
+from finetune_chatmodel_demo.conversation.records import read_records
+from finetune_chatmodel_demo.conversation.rendering import render_prompt
+from finetune_chatmodel_demo.generation.batch import generate_batch
+from finetune_chatmodel_demo.training import text_scores
+from finetune_chatmodel_demo.training.arguments import GenerationArguments, SettingsError
+from finetune_chatmodel_demo.training.prediction import choose_answer_length, run_prediction, take_last_reply
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+has_packages = all(importlib.util.find_spec(name) for name in text_scores.PACKAGES)
+needs_packages = pytest.mark.skipif(not has_packages, reason="jieba, nltk or rouge-chinese is not installed")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, tiny_folder):
+    return load_model(make_model(tmp_path_factory.mktemp("model"), tiny_folder), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_conversations(tmp_path_factory.mktemp("data") / "validation.jsonl", rows=7)
+
+
+@pytest.fixture(scope="module")
+def rows(data, tokenizer):
+    return build_dataset("multi-turn", data, tokenizer, **DataArguments().dataset_options())
+
+
+def make_settings(max_new_tokens=8, given=("max_new_tokens",), prompt_format="multi-turn", batch_size=3, **generation):
+    """As much of a run's settings as predictions need."""
+    training = SimpleNamespace(
+        process_index=0,
+        world_size=1,
+        per_device_eval_batch_size=batch_size,
+        should_log=False,
+        should_save=True,
+        disable_tqdm=True,
+        seed=3,
+    )
+    return SimpleNamespace(
+        training=training,
+        generation=GenerationArguments(max_new_tokens=max_new_tokens, **generation),
+        prompt_format=prompt_format,
+        precision="float32",
+        given=dict.fromkeys(given),
+    )
+
+
+# Scores
+
+
+@needs_packages
+@pytest.mark.parametrize(
+    ("predicted", "label", "expected"),
+    [
+        ("妙蛙种子的属性是草、毒。", "妙蛙种子的属性是草、毒。", (100, 100, 100, 100)),
+        # Characters: 2 of 3, 1 of 2, none of 1 (1/2), none (1/4). Words: 电 属性 against 水 属性: 1 of 2.
+        ("电属性", "水属性", (100 * (2 / 3 * 1 / 2 * 1 / 2 * 1 / 4) ** 0.25, 50, 0, 50)),
+        # All of the answer is right, and it is too short: exp(1 - 7/3). Words: 2 of 2, 2 of 4; pairs 1 of 1, 1 of 3.
+        ("电属性", "电属性的宝可梦", (100 * math.exp(1 - 7 / 3) * 0.5**0.25, 200 / 3, 50, 200 / 3)),
+        # 1 of 1, then nothing: 1/2, 1/4, 1/8. One word has no pair of words.
+        ("电", "电", (100 * (1 / 64) ** 0.25, 100, 0, 100)),
+        ("火", "电", (0, 0, 0, 0)),
+        ("", "电", (0, 0, 0, 0)),
+        (" \n", "电", (0, 0, 0, 0)),
+        ("电", "", (0, 0, 0, 0)),
+    ],
+)
+def test_scores_are_those_computed_by_hand(predicted, label, expected):
+    scores = text_scores.score_pair(predicted, label)
+    assert scores == pytest.approx(dict(zip(text_scores.SCORES, expected)), abs=1e-3)
+
+
+@needs_packages
+def test_scores_are_means_over_the_answers():
+    pairs = [("电属性", "水属性"), ("", "电"), ("草", "草")]
+    scores = text_scores.mean_scores(pairs)
+    assert scores["rouge-1"] == pytest.approx((50 + 0 + 100) / 3, abs=1e-3)
+    assert scores["bleu-4"] == pytest.approx((45.1801 + 0 + 35.3553) / 3, abs=1e-3)
+    assert text_scores.mean_scores([]) == dict.fromkeys(text_scores.SCORES, 0)
+
+
+@needs_packages
+def test_long_answers_are_scored():
+    text = "妙蛙种子的属性是草、毒。它的弱点是飞行！\n\n" * 60
+    assert text_scores.score_pair(text, text)["rouge-l"] == 100
+
+
+@needs_packages
+def test_the_packages_are_quiet_and_imported_only_when_needed():
+    code = (
+        "import sys, logging; logging.basicConfig(level=logging.DEBUG)\n"
+        "from finetune_chatmodel_demo.training import text_scores\n"
+        "assert not {'jieba', 'nltk', 'rouge_chinese'} & set(sys.modules)\n"
+        "print(text_scores.score_pair('电属性', '水属性')['rouge-1'])\n"
+    )
+    run = subprocess.run([sys.executable, "-W", "always", "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert run.stdout == "50.0\n"
+    assert "jieba" not in run.stderr and "prefix dict" not in run.stderr
+
+
+def test_a_missing_package_is_one_clear_error(monkeypatch):
+    monkeypatch.setattr(text_scores.importlib.util, "find_spec", lambda name: None if name != "nltk" else object())
+    with pytest.raises(SettingsError, match=r"with jieba, rouge-chinese: pip install jieba rouge-chinese$"):
+        text_scores.check_packages()
+
+
+# Which reply
+
+
+def test_the_last_reply_is_asked_for_given_the_true_conversation(data, rows, tokenizer):
+    for row, record in zip((rows[i] for i in range(len(rows))), read_records(data)):
+        *history, last = record["conversations"]
+        exercise = take_last_reply(row, tokenizer)
+        assert exercise.prompt_ids == render_prompt(tokenizer, history)
+        assert tokenizer.decode(exercise.label_ids).strip() == last["content"]
+        assert exercise.prompt_ids + exercise.label_ids + [tokenizer.eos_token_id] == row["input_ids"]
+
+
+def make_row(tokenizer, tmp_path, messages, **options):
+    path = tmp_path / "record.jsonl"
+    path.write_text(json.dumps({"conversations": messages}, ensure_ascii=False) + "\n", encoding="utf-8")
+    return build_dataset("multi-turn", path, tokenizer, **{**DataArguments().dataset_options(), **options})[0]
+
+
+def test_a_call_is_the_last_reply_where_no_answer_follows(tokenizer, tmp_path):
+    messages = [
+        {"role": "user", "content": "查一查"},
+        {"role": "assistant", "content": "好"},
+        {"role": "tool", "name": "lookup", "parameters": {"name": "皮卡丘"}, "observation": "电"},
+    ]
+    exercise = take_last_reply(make_row(tokenizer, tmp_path, messages), tokenizer)
+    assert exercise.prompt_ids == render_prompt(tokenizer, messages[:2])
+    assert tokenizer.decode(exercise.label_ids) == "lookup\n ```python\ntool_call(name='皮卡丘')\n```"
+    answered = [*messages, {"role": "assistant", "content": "是电"}]
+    exercise = take_last_reply(make_row(tokenizer, tmp_path, answered), tokenizer)
+    assert exercise.prompt_ids == render_prompt(tokenizer, messages)
+
+
+def test_replies_without_loss_are_not_asked_for(tokenizer, tmp_path):
+    messages = [
+        {"role": "user", "content": "一"},
+        {"role": "assistant", "content": "二"},
+        {"role": "user", "content": "三"},
+        {"role": "assistant", "content": "四", "loss": False},
+    ]
+    exercise = take_last_reply(make_row(tokenizer, tmp_path, messages), tokenizer)
+    assert exercise.prompt_ids == render_prompt(tokenizer, messages[:1])
+    assert tokenizer.decode(exercise.label_ids).strip() == "二"
+
+
+def test_rows_of_plain_text_are_divided_where_their_reply_begins(tokenizer):
+    eos = tokenizer.eos_token_id
+    ids, target = [5, 6, 7, 8, 9, eos], -100
+    row = {"input_ids": ids, "labels": [target, target, target, 8, 9, eos]}
+    assert take_last_reply(row, tokenizer).prompt_ids == [5, 6, 7]
+    assert take_last_reply(row, tokenizer).label_ids == [8, 9]
+    two = {"input_ids": [5, 8, eos, 9, 9, eos], "labels": [target, 8, eos, 9, 9, eos]}
+    assert take_last_reply(two, tokenizer).prompt_ids == [5, 8, eos]
+    cut = {"input_ids": [5, 8, 9], "labels": [target, 8, 9]}
+    assert take_last_reply(cut, tokenizer).label_ids == [8, 9]
+    with pytest.raises(ValueError, match="no supervised token"):
+        take_last_reply({"input_ids": [5], "labels": [target]}, tokenizer)
+
+
+# Answers
+
+
+def read_predictions(folder: Path) -> list[dict]:
+    text = (folder / "generated_predictions.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@needs_packages
+def test_every_row_is_answered_in_order_and_scored(model, tokenizer, data, rows, tmp_path):
+    metrics = run_prediction(model, tokenizer, rows, make_settings(), tmp_path)
+    lines = read_predictions(tmp_path)
+    records = list(read_records(data))
+    assert [line["label"] for line in lines] == [record["conversations"][-1]["content"] for record in records]
+    prompts = [render_prompt(tokenizer, record["conversations"][:-1]) for record in records]
+    assert [line["prompt"] for line in lines] == [tokenizer.decode(prompt) for prompt in prompts]
+    one_by_one = generate_batch(model, tokenizer, prompts, max_new_tokens=8, batch_size=1)
+    assert [line["predict"] for line in lines] == one_by_one
+    expected = text_scores.mean_scores((line["predict"], line["label"]) for line in lines)
+    assert {f"predict_{name}": value for name, value in expected.items()}.items() <= metrics.items()
+    assert metrics["predict_runtime"] > 0
+    assert metrics["predict_samples_per_second"] == pytest.approx(7 / metrics["predict_runtime"], rel=0.01)
+    for name in ("predict_results.json", "all_results.json"):
+        assert json.loads((tmp_path / name).read_text()) == metrics
+
+
+@needs_packages
+def test_sampled_answers_differ_and_repeat_with_the_seed(model, tokenizer, rows, tmp_path):
+    sampling = {"do_sample": True, "temperature": 1.5, "top_p": 1.0, "top_k": 0}
+    answers = []
+    for name, options in (("a", sampling), ("b", sampling), ("greedy", {})):
+        run_prediction(model, tokenizer, rows, make_settings(**options), tmp_path / name)
+        answers.append([line["predict"] for line in read_predictions(tmp_path / name)])
+    assert answers[0] == answers[1] != answers[2]
+
+
+@needs_packages
+def test_the_model_is_left_in_the_mode_that_it_was_in(model, tokenizer, rows, tmp_path):
+    model.train()
+    try:
+        run_prediction(model, tokenizer, rows, make_settings(max_new_tokens=1), tmp_path)
+        assert model.training
+    finally:
+        model.eval()
+
+
+def test_answers_stay_inside_the_models_context(tokenizer, caplog):
+    small = SimpleNamespace(config=SimpleNamespace(seq_length=20))
+    exercises = [SimpleNamespace(prompt_ids=[1] * length) for length in (4, 12)]
+    assert choose_answer_length(small, exercises, make_settings(8)) == 8
+    with pytest.raises(SettingsError, match=r"longest prompt has 12 tokens, .* --max_new_tokens 9 does not fit"):
+        choose_answer_length(small, exercises, make_settings(9))
+    with caplog.at_level(logging.INFO):
+        assert choose_answer_length(small, exercises, make_settings(512, given=())) == 8
+    assert "answers have at most 8 tokens" in caplog.text
+    with pytest.raises(SettingsError, match="does not fit"):
+        choose_answer_length(small, [SimpleNamespace(prompt_ids=[1] * 20)], make_settings(512, given=()))
