@@ -10,7 +10,6 @@ flags in `ppo_settings`. Exercise it with `pytest tests/test_ppo.py`.
 
 import time
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerState, set_seed
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
-from finetune_chatmodel_demo.chatglm3.loading import load_model
 from finetune_chatmodel_demo.conversation.collating import PadCollator
 from finetune_chatmodel_demo.generation.prompts import prompt_budget
-from finetune_chatmodel_demo.training.arguments import LORA, P_TUNING, SettingsError
-from finetune_chatmodel_demo.training.methods import prepare_model
+from finetune_chatmodel_demo.training.arguments import SettingsError
 from finetune_chatmodel_demo.training.report import uses_checkpointing
 from finetune_chatmodel_demo.training.run_trainer import NonFiniteLossError, RunTrainer
 from finetune_chatmodel_demo.training.settings import Settings
@@ -42,8 +39,6 @@ from finetune_chatmodel_demo.training.stages.ppo_math import (
 from finetune_chatmodel_demo.training.stages.ppo_policy import (
     PolicyWithValue,
     Reference,
-    disable_dropout,
-    trained_values,
     without_adapter_wrapper,
 )
 from finetune_chatmodel_demo.training.stages.ppo_rewards import build_reward
@@ -58,6 +53,7 @@ from finetune_chatmodel_demo.training.stages.ppo_rollouts import (
     seed_of,
     write_replies,
 )
+from finetune_chatmodel_demo.training.stages.reference import build_reference, disable_dropout
 
 STATE_FILE = "ppo_state.pt"
 ROLLOUT_FILE = "ppo_rollout_{process}.pt"
@@ -87,7 +83,7 @@ class PPOTrainer(RunTrainer):
         stage, sampling = settings.stage, ppo_settings.sampling_of(settings)
         self.policy = PolicyWithValue(self.model, sampling["temperature"])
         self.wrapped: nn.Module = self.policy
-        self.reference = build_reference(self.model, settings)
+        self.reference = build_reference(self.model, settings, Reference)
         self.reward = build_reward(settings, tokenizer)
         self.shape = RewardShape(stage.ppo_kl_estimator, stage.ppo_whiten_rewards, stage.ppo_gamma, stage.ppo_lam)
         self.kl_control = FixedKL(stage.ppo_kl_coef)
@@ -452,30 +448,6 @@ UPDATE_FIGURES = (
     "ratio",
     "policy_kl",
 )
-
-
-def build_reference(model: nn.Module, settings: Settings) -> Reference:
-    """The reference of a run: --ref_model, else the model as it was before its training began.
-
-    A new prefix or adapter is switched off. Everything else keeps a copy of the trained parameters as they were at
-    the start; a resumed run reads them again.
-    """
-    if settings.stage.ref_model:
-        try:
-            own = load_model(
-                settings.stage.ref_model,
-                quantization_bit=settings.model.quantization_bit,
-                dtype=getattr(torch, settings.precision),
-                device=settings.training.device,
-            )
-        except (ValueError, OSError) as error:
-            raise SettingsError(f"--ref_model: {error}") from error
-        return Reference(own.requires_grad_(False), is_own_model=True)
-    start = {P_TUNING: settings.model.ptuning_checkpoint, LORA: settings.tuning.adapter_name_or_path}
-    if settings.method in start and not start[settings.method]:
-        return Reference(model)
-    first = model if settings.checkpoint is None else prepare_model(replace(settings, checkpoint=None))
-    return Reference(model, initial=trained_values(first))
 
 
 def _check_room(rows: Any | None, model: nn.Module, max_new_tokens: int) -> None:

@@ -3,8 +3,6 @@
 Exercise it with `pytest tests/test_ppo.py`.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +10,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from finetune_chatmodel_demo.training.methods import without_tuning
 from finetune_chatmodel_demo.training.stages.ppo_math import log_probs_and_entropy
+from finetune_chatmodel_demo.training.stages.reference import ReferenceModel
 
 # Reply positions whose logits exist at one time: 1,024 × 65,024 × 4 bytes = 254 MiB.
 LOGITS_CHUNK = 1024
@@ -54,19 +52,6 @@ def build_rows(prompts: list[list[int]], replies: list[list[int]], pad_token_id:
 def without_adapter_wrapper(model: nn.Module) -> nn.Module:
     """The ChatGLM3 inside PEFT's wrapper, with the adapter in its layers; any other model is returned as it is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Switches all dropout off for good: prefix, adapter, attention.
-
-    The probability of a reply has to be the same in the rollout and in the update, or the ratio would not start at 1
-    (N details, arXiv:2403.17031). Evaluation mode would do as well, but there is no gradient checkpointing in it.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if getattr(module, "attention_dropout", 0):
-            module.attention_dropout = 0.0
 
 
 class PolicyWithValue(nn.Module):
@@ -142,52 +127,11 @@ def reply_log_probs(
     return spread(log_probs, mask), spread(entropies, mask)
 
 
-class Reference:
-    """The model that the policy must not move far from, in one of three forms.
-
-    A model of its own (--ref_model); the policy with its new prefix or adapter switched off; or the policy with the
-    values that its trained parameters had at the start, which needs a copy of those alone.
-    """
-
-    def __init__(
-        self, model: nn.Module, *, is_own_model: bool = False, initial: Mapping[str, torch.Tensor] | None = None
-    ) -> None:
-        """
-        Args:
-            model: the policy's model, or the reference's own.
-            is_own_model: whether it is the latter.
-            initial: the trained parameters at the start; None: the prefix or adapter is switched off.
-        """
-        self.model = model
-        self.is_own_model = is_own_model
-        self.initial = None if initial is None else dict(initial)
-
-    @contextmanager
-    def _in_place(self) -> Iterator[None]:
-        if self.is_own_model:
-            yield
-        elif self.initial is None:
-            with without_tuning(self.model):
-                yield
-        else:
-            self._swap()
-            try:
-                yield
-            finally:
-                self._swap()
-
-    def _swap(self) -> None:
-        for name, parameter in self.model.named_parameters():
-            if name in self.initial:
-                parameter.data, self.initial[name] = self.initial[name], parameter.data
+class Reference(ReferenceModel):
+    """The model that the policy must not move far from."""
 
     @torch.no_grad()
     def log_probs(self, rows: ReplyRows, temperature: float) -> torch.Tensor:
         """Log-probabilities of the replies' tokens, (B, T), 0 at padding."""
-        with self._in_place():
-            return reply_log_probs(self.model, reply_states(self.model, rows), rows, temperature)[0]
-
-
-def trained_values(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of the parameters that are trained, by name."""
-    return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+        with self.in_place() as model:
+            return reply_log_probs(model, reply_states(model, rows), rows, temperature)[0]
