@@ -71,15 +71,15 @@ def _write_turns(
 ) -> list[dict[str, str]]:
     """The messages of one conversation."""
     messages = []
-    prompts = [phrase for phrase in template.system_prompts if _is_filled(template, phrase, row)]
+    prompts = [phrase for phrase in template.system_prompts if is_filled(template, phrase, row)]
     if prompts and rng.random() < template.system_probability:
         messages.append({"role": "system", "content": rng.choice(prompts).fill(row)})
     for number, question in enumerate(questions):
-        pool = [phrase for phrase in question.phrasings[split] if _is_filled(template, phrase, row)]
+        pool = [phrase for phrase in question.phrasings[split] if is_filled(template, phrase, row)]
         if number == 0:
             pool = [phrase for phrase in pool if template.is_opening(phrase)]
-        messages.append({"role": "user", "content": _say(template, rng.choice(pool), row, number == 0, rng)})
-        answer = _say(template, rng.choice(_answers(template, question, row)), row, False, rng)
+        messages.append({"role": "user", "content": say(template, rng.choice(pool), row, number == 0, rng)})
+        answer = say(template, rng.choice(find_answers(template, question, row)), row, False, rng)
         message = {"role": "assistant", "content": answer}
         if question.column:
             message["column"] = question.column
@@ -87,12 +87,12 @@ def _write_turns(
     return messages
 
 
-def _say(template: Template, phrase: Phrase, row: Mapping[str, str], is_opening: bool, rng: random.Random) -> str:
+def say(template: Template, phrase: Phrase, row: Mapping[str, str], is_opening: bool, rng: random.Random) -> str:
     """Fills a wording; the subject is a name at the opening and a name or a pronoun later."""
     subject = template.subject
     if subject is None or subject.placeholder not in phrase.names:
         return phrase.fill(row)
-    ways = [way for way in (subject.opening if is_opening else subject.later) if _is_filled(template, way, row)]
+    ways = [way for way in (subject.opening if is_opening else subject.later) if is_filled(template, way, row)]
     return phrase.fill({**row, subject.placeholder: rng.choice(ways).fill(row)})
 
 
@@ -100,22 +100,22 @@ def _applies(template: Template, question: Question, row: Mapping[str, str], spl
     """Can this question be asked and answered from this row, at the opening too?"""
     return (
         all(condition.holds(row) for condition in question.where)
-        and any(template.is_opening(p) and _is_filled(template, p, row) for p in question.phrasings[split])
-        and bool(_answers(template, question, row))
+        and any(template.is_opening(p) and is_filled(template, p, row) for p in question.phrasings[split])
+        and bool(find_answers(template, question, row))
     )
 
 
-def _answers(template: Template, question: Question, row: Mapping[str, str]) -> list[Phrase]:
+def find_answers(template: Template, question: Question, row: Mapping[str, str]) -> list[Phrase]:
     """The wordings of the first case that is true of the row and names no empty cell."""
     for case in question.answers:
         if all(condition.holds(row) for condition in case.where):
-            filled = [phrase for phrase in case.say if _is_filled(template, phrase, row)]
+            filled = [phrase for phrase in case.say if is_filled(template, phrase, row)]
             if filled:
                 return filled
     return []
 
 
-def _is_filled(template: Template, phrase: Phrase, row: Mapping[str, str]) -> bool:
+def is_filled(template: Template, phrase: Phrase, row: Mapping[str, str]) -> bool:
     """Has the row a text for every placeholder of the wording?"""
     subject = template.subject
     for name in phrase.names:

@@ -4,10 +4,12 @@
 by `python data_processing/data_processing.py --template X.yaml`.
 """
 
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from data_processing.common import DataError, did_you_mean
 
@@ -88,6 +90,18 @@ class Subject:
 
 
 @dataclass(frozen=True)
+class EvaluationHints:
+    """What `question_builder` and `evaluate.py` are told beyond what they infer from the cells.
+
+    `fields`: column → any of kind, unit, separator, labels, aliases. `unanswerable`: questions about what the CSV does
+    not hold.
+    """
+
+    fields: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    unanswerable: tuple[Phrase, ...] = ()
+
+
+@dataclass(frozen=True)
 class Template:
     """A loaded template file. `turns`: fewest and most question-answer pairs of a conversation."""
 
@@ -100,6 +114,7 @@ class Template:
     system_probability: float
     system_prompts: tuple[Phrase, ...]
     questions: tuple[Question, ...]
+    evaluation: EvaluationHints = EvaluationHints()
 
     @property
     def has_validation(self) -> bool:
@@ -139,7 +154,8 @@ class Template:
 
     def _named_columns(self) -> Iterable[tuple[str, str]]:
         """Every (column, place) that the template mentions."""
-        conditions, phrases = [*self.where], [*self.system_prompts]
+        conditions, phrases = [*self.where], [*self.system_prompts, *self.evaluation.unanswerable]
+        yield from ((column, f"evaluation.fields.{column}") for column in self.evaluation.fields)
         if self.subject:
             phrases += [*self.subject.opening, *self.subject.later]
             yield from ((name, "subject.known_by") for name in self.subject.known_by)
@@ -158,6 +174,16 @@ class Template:
             for _, name in phrase.parts:
                 if name:
                     yield name, phrase.place
+
+
+def normal_form(phrase: Phrase, subject: Subject | None) -> str:
+    """The wording without punctuation and blanks, with one mark (\\0) for every way to name the subject."""
+    text = "".join(literal + (f"{{{name}}}" if name else "") for literal, name in phrase.parts)
+    if subject:
+        ways = sorted({way.text for way in (*subject.opening, *subject.later)}, key=len, reverse=True)
+        for way in (f"{{{subject.placeholder}}}", *ways):
+            text = text.replace(way, "\0")
+    return re.sub(r"[^\w\0{}]", "", text)
 
 
 def _as_number(text: str) -> float | None:

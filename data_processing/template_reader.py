@@ -14,10 +14,12 @@ from data_processing.conversation_template import (
     COMPARISONS,
     Answer,
     Condition,
+    EvaluationHints,
     Phrase,
     Question,
     Subject,
     Template,
+    normal_form,
 )
 
 TOKEN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
@@ -67,7 +69,7 @@ class _TemplateReader:
         required = {"turns", "questions"}
         optional = {
             "description", "conversations_per_row", "validation_conversations_per_row", "order", "where",
-            "subject", "system",
+            "subject", "system", "evaluation",
         }  # fmt: skip
         self.check_keys(data, "", required, optional)
         items = data["questions"]
@@ -94,6 +96,7 @@ class _TemplateReader:
             system_probability=self.probability(system.get("probability", 1), "system.probability"),
             system_prompts=self.phrases(system["prompts"], "system.prompts", may_be_empty=True),
             questions=tuple(self.question(item, f"questions[{i}]") for i, item in enumerate(items)),
+            evaluation=self.evaluation(data.get("evaluation")),
         )
         self.check_pools(template)
         return template
@@ -172,6 +175,32 @@ class _TemplateReader:
             answers=self.answers(data["answers"], f"{place}.answers"),
         )
 
+    def evaluation(self, data: Any) -> EvaluationHints:
+        if data is None:
+            return EvaluationHints()
+        self.check_keys(data, "evaluation", set(), {"fields", "unanswerable"})
+        fields = data.get("fields") or {}
+        if not isinstance(fields, dict):
+            raise self.fail("evaluation.fields", f"expected column names and what they hold, got {fields!r:.80}")
+        for column, hints in fields.items():
+            self.check_field(hints, f"evaluation.fields.{column}")
+        unanswerable = self.phrases(data.get("unanswerable", []), "evaluation.unanswerable", may_be_empty=True)
+        return EvaluationHints({str(column): hints for column, hints in fields.items()}, unanswerable)
+
+    def check_field(self, data: Any, place: str) -> None:
+        self.check_keys(data, place, set(), {"kind", "unit", "separator", "labels", "aliases"})
+        kinds = ("number", "list", "text", "flag")
+        if data.get("kind", "text") not in kinds:
+            raise self.fail(f"{place}.kind", f"expected {', '.join(kinds[:-1])} or {kinds[-1]}, got {data['kind']!r}")
+        for key in ("unit", "separator"):
+            if key in data and (not isinstance(data[key], str) or not data[key]):
+                raise self.fail(f"{place}.{key}", f"expected a text, got {data[key]!r}; put it in quotes")
+        labels, aliases = data.get("labels", []), data.get("aliases", {})
+        if not isinstance(labels, list) or not all(isinstance(label, str) and label.strip() for label in labels):
+            raise self.fail(f"{place}.labels", f"expected a list of texts, got {labels!r:.80}")
+        if not isinstance(aliases, dict) or not all(isinstance(word, str) for pair in aliases.items() for word in pair):
+            raise self.fail(f"{place}.aliases", f"expected lines `other word: item`, got {aliases!r:.80}")
+
     def answers(self, data: Any, place: str) -> tuple[Answer, ...]:
         """A wording, a list of wordings, or a list of {where, say}: the first whose `where` holds is used."""
         if not isinstance(data, list) or not any(isinstance(item, dict) for item in data):
@@ -239,7 +268,7 @@ class _TemplateReader:
         if template.has_validation and not any(q.phrasings["validation"] for q in template.questions):
             raise self.fail("validation_conversations_per_row", "no question has `validation` phrasings")
         trained = {
-            self.normal_form(phrase, template.subject): phrase
+            normal_form(phrase, template.subject): phrase
             for question in template.questions
             for phrase in question.phrasings["train"]
         }
@@ -249,16 +278,6 @@ class _TemplateReader:
                     name = template.subject.placeholder
                     raise self.fail(f"{question.place}.{split}", f"no phrasing names the subject; use {{{name}}}")
             for phrase in question.phrasings["validation"]:
-                twin = trained.get(self.normal_form(phrase, template.subject))
+                twin = trained.get(normal_form(phrase, template.subject))
                 if twin:
                     raise self.fail(phrase.place, f"{phrase.text!r} is also trained on, at {twin.place}; reword it")
-
-    @staticmethod
-    def normal_form(phrase: Phrase, subject: Subject | None) -> str:
-        """The wording without punctuation and blanks, with one mark for every way to name the subject."""
-        text = "".join(literal + (f"{{{name}}}" if name else "") for literal, name in phrase.parts)
-        if subject:
-            ways = sorted({way.text for way in (*subject.opening, *subject.later)}, key=len, reverse=True)
-            for way in (f"{{{subject.placeholder}}}", *ways):
-                text = text.replace(way, "\0")
-        return re.sub(r"[^\w\0{}]", "", text)

@@ -81,7 +81,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         OSError, ValueError: something that the user gave cannot be used.
     """
-    from finetune_chatmodel_demo.generation.exact_match import read_questions
+    from finetune_chatmodel_demo.evaluation.exact_match import read_questions
 
     started = time.monotonic()
     files = [split_data(value) for value in arguments.data]
@@ -115,7 +115,7 @@ def _score_file(
     model: Any, tokenizer: Any, name: str, questions: list[Any], choice: ModelChoice, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """`max_new_tokens` and `scores` of one file."""
-    from finetune_chatmodel_demo.generation.exact_match import longest_reply_needed, score_questions
+    from finetune_chatmodel_demo.evaluation.exact_match import longest_reply_needed, score_questions
 
     cap = arguments.max_new_tokens
     cap = longest_reply_needed(tokenizer, questions) if cap is None else cap

@@ -9,7 +9,7 @@ from finetune_chatmodel_demo import evaluate
 from finetune_chatmodel_demo.chatglm3 import load_model
 from finetune_chatmodel_demo.conversation.rendering import render_prompt
 from finetune_chatmodel_demo.generation.batch import generate_batch
-from finetune_chatmodel_demo.generation.exact_match import (
+from finetune_chatmodel_demo.evaluation.exact_match import (
     Question,
     longest_reply_needed,
     read_questions,

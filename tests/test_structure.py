@@ -11,7 +11,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO = "finetune_chatmodel_demo"
 # From the top down: a room may import rooms of larger numbers; `conversation` and `chatglm3` do not know each other.
-LEVELS = {"data_processing": 0, "training": 1, "generation": 2, "conversation": 3, "chatglm3": 3}
+LEVELS = {"data_processing": 0, "training": 1, "evaluation": 2, "generation": 3, "conversation": 4, "chatglm3": 4}
 TOP_LEVEL = {
     ".ci",
     ".gitattributes",

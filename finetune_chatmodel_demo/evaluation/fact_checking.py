@@ -1,0 +1,254 @@
+"""Judges a reply against a fact: exact, partial, wrong or missing. What each cheat scores: tests/test_fact_checking.py.
+
+Exact: the reply states the field's value and nothing that contradicts the table, in whatever words. Partial: of a list,
+at least half of what it states is true, and something is missing or too much. Missing: no reply, a refusal, a question
+in return. Wrong: all else, also where the right value stands beside a wrong one, is negated, belongs to another
+subject, has another unit, is a piece of a longer word or number, or where the reply never ends.
+"""
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from finetune_chatmodel_demo.evaluation.facts import FactTable
+from finetune_chatmodel_demo.evaluation.fields import NO, UNITS, YES, Field, normalize
+from finetune_chatmodel_demo.evaluation.reading import CLAUSE_BREAK, NEGATION, Number, Reading, convert, read_reply
+
+OUTCOMES = ("exact", "partial", "wrong", "missing")
+IGNORANCE = re.compile(
+    r"不(?:太)?(?:知道|清楚|了解|确定|记得|懂)|无法(?:回答|确定|得知|提供|查询|告诉)|不能(?:回答|确定|告诉)|抱歉|对不起"
+    r"|没(?:有)?(?:听说|学过|见过)|回答不了"
+)
+# "The data do not say": right where the data indeed do not, a refusal where they do.
+UNRECORDED = re.compile(
+    r"(?:没有|并无|未|没)(?:被)?(?:找到|查到|相关的?|关于.{0,12}的)?(?:记载|记录|收录|资料|数据|信息|提供|提到|写明|注明|说明)"
+    r"|(?:资料|数据|图鉴|表格|表)(?:里|中|上)?(?:没有|查不到|找不到|不包含|不包括)|查不到|找不到|空缺|不在(?:资料|数据|图鉴|表)"
+    r"|没有(?:这|叫|名叫|名为)|不存在"
+)
+NONE = re.compile(r"没有|没|不|无|未|空缺|并非")
+BARE_NONE = re.compile(r"(?:它)?(?:目前|暂时|并)?(?:没有|无|没|不存在|空缺)(?:的|哦|呢|了)?[。!.]?")
+# Pairs of characters that stand in every other sentence, and so tie a reply to no question.
+EMPTY_PAIRS = frozenset(
+    {"没有", "有没", "这只", "宝可", "可梦", "资料", "什么", "哪只", "哪些", "是不", "不是", "知道", "请问", "告诉"}
+)
+# The same one to twenty characters four times on end, or what no decoder should leave behind.
+LOOP = re.compile(r"(.{1,20}?)\1{3,}", re.DOTALL)
+LOOP_LENGTH = 12
+BROKEN = re.compile(r"[\ufffd\x00-\x08\x0b\x0c\x0e-\x1f]|<\|\w+\|>")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A reply's outcome.
+
+    Attributes:
+        outcome: one of OUTCOMES.
+        overlap: shared / all items of reply and fact (Jaccard); 1 for exact, above 0 also for some wrong replies.
+        stated: what the reply was read to say.
+        expected: the fact.
+        reason: why it is not exact, in a few words.
+    """
+
+    outcome: str
+    overlap: float
+    stated: tuple[str, ...]
+    expected: tuple[str, ...]
+    reason: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def check_reply(
+    table: FactTable, *, column: str | None, subject: str | None, reply: str, ended: bool = True, question: str = ""
+) -> Verdict:
+    """Judge one reply.
+
+    Args:
+        column: what was asked for; None: what the table cannot answer, where the right reply says so.
+        subject: about whom; None: about somebody who is not in the table.
+        ended: the model ended the reply by itself; one that only the token limit stopped is wrong.
+        question: the wording that was asked: a reply may say "none" in its words, and name what it names.
+    """
+    is_answerable = column is not None and subject is not None
+    items = table.items(subject, column) if is_answerable else ()
+    text = normalize(reply)
+    if fault := _fault(text, ended):
+        outcome, reason = fault
+        return Verdict(outcome, 0.0, (), items, reason)
+    reading = read_reply(table, reply, column=column, subject=subject, expected=frozenset(items))
+    if not is_answerable:
+        return _check_unanswerable(table, reading, question)
+    field = table.fields[column]
+    if others := reading.other_subjects - _related_subjects(table, subject, reading, question):
+        return _wrong(reading, items, f"speaks about {', '.join(sorted(others))}")
+    if field.kind == "flag":
+        return _check_flag(table, field, reading, items)
+    if false_column := _false_column(table, subject, reading):
+        return _wrong(reading, items, f"false about {false_column}")
+    if not items:
+        return _check_none(field, reading, question)
+    return _check_items(field, reading, frozenset(items))
+
+
+def _fault(text: str, ended: bool) -> tuple[str, str] | None:
+    """(outcome, reason) of a reply whose content does not matter."""
+    if not any(character.isalnum() for character in text):
+        return "missing", "empty"
+    if not ended:
+        return "wrong", "did not end by itself"
+    loop = max((len(match[0]) for match in LOOP.finditer(text)), default=0)
+    if loop >= LOOP_LENGTH:
+        return "wrong", "repeats itself"
+    if BROKEN.search(text):
+        return "wrong", "holds broken or control characters"
+    return None
+
+
+def _related_subjects(table: FactTable, subject: str, reading: Reading, question: str) -> set[str]:
+    """Whom a reply may name: those in the question and, beside the subject, those that its own cells name."""
+    found = set()
+    for token in table.lexicon.find(normalize(question)):
+        found |= token.subjects
+    if reading.names_subject:
+        named = {item for column in table.fields for item in table.items(subject, column)}
+        found |= {table.names[item] for item in named if item in table.names}
+    return found
+
+
+def _wrong(reading: Reading, items: tuple[str, ...], reason: str, overlap: float = 0.0) -> Verdict:
+    return Verdict("wrong", overlap, tuple(sorted(reading.stated)), items, reason)
+
+
+def _check_items(field: Field, reading: Reading, truth: frozenset[str]) -> Verdict:
+    """Numbers, lists and texts: the set of stated items against the set of true ones."""
+    stated = set(reading.stated)
+    if field.kind == "text":
+        stated |= _credit_stem(field, reading, truth)
+    # A piece of a longer word earns nothing, but a second answer does not hide in one.
+    extra = {item for item in stated | reading.embedded if item not in truth and (item in stated or len(item) > 1)}
+    shared = truth & stated
+    found, expected = tuple(sorted(shared | extra)), tuple(sorted(truth))
+    if reading.foreign:
+        units = ", ".join(f"{number.value}{number.unit}" for number in reading.foreign)
+        return Verdict("wrong", 0.0, (*found, units), expected, "a number of another unit")
+    if not found:
+        is_refusal = IGNORANCE.search(reading.text) or UNRECORDED.search(reading.text) or reading.is_question
+        if is_refusal and not reading.denied:
+            return Verdict("missing", 0.0, (), expected, "asks back" if reading.is_question else "declines")
+        return Verdict("wrong", 0.0, (), expected, "denies it" if reading.denied & truth else "states no known value")
+    overlap = len(shared) / len(truth | extra)
+    if reading.denied & truth:
+        return Verdict("wrong", overlap, found, expected, "says it and denies it")
+    if overlap == 1:
+        return Verdict("exact", 1.0, found, expected)
+    is_set = field.kind == "list" or len(truth) > 1
+    if is_set and shared and len(shared) >= len(extra):
+        return Verdict("partial", overlap, found, expected, "incomplete" if not extra else "too much")
+    reason = "another value" if not shared else "a wrong value beside the right one"
+    return Verdict("wrong", overlap, found, expected, reason)
+
+
+def _credit_stem(field: Field, reading: Reading, truth: frozenset[str]) -> set[str]:
+    """Where all values of a column end alike (…宝可梦, …色), the true one may be said without the ending."""
+    ending = _shared_ending(field)
+    if len(truth) != 1 or not ending or reading.stated:
+        return set()
+    (item,) = truth
+    stem = item.removesuffix(ending)
+    before = "(?:^|[是为叫作属于类:,。!\\s])"
+    behind = "(?:$|[,。!;的类色系\\s])"
+    return {item} if stem and re.search(before + re.escape(stem) + behind, reading.text) else set()
+
+
+def _shared_ending(field: Field) -> str:
+    values = sorted(field.vocabulary)
+    if len(values) < 2:
+        return ""
+    ending = values[0]
+    for value in values:
+        while not value.endswith(ending):
+            ending = ending[1:]
+    return ending
+
+
+def _false_column(table: FactTable, subject: str, reading: Reading) -> str | None:
+    """A column that the reply speaks of without being asked, and wrongly."""
+    for column, stated in reading.others.items():
+        field = table.fields[column]
+        if field.kind != "flag" and not stated <= set(table.items(subject, column)):
+            return column
+    reading.foreign[:] = [number for number in reading.foreign if not _is_other_fact(table, subject, number)]
+    return None
+
+
+def _is_other_fact(table: FactTable, subject: str, number: Number) -> bool:
+    """Is it, by its unit, the true value of the one column that is measured so (重6.9公斤, after the height)?"""
+    measure = UNITS.get(number.unit, (number.unit, 1))[0]
+    fields = [f for f in table.fields.values() if f.unit and UNITS.get(f.unit, (f.unit, 1))[0] == measure]
+    if len(fields) != 1:
+        return False
+    return str(convert(number, fields[0].unit)) in table.items(subject, fields[0].column)
+
+
+def _check_none(field: Field, reading: Reading, question: str) -> Verdict:
+    """The cell is empty: the reply says so, about this column, and names no value."""
+    if reading.stated or any(len(item) > 1 for item in reading.embedded) or reading.foreign:
+        return _wrong(reading, (), "a value where there is none")
+    if IGNORANCE.search(reading.text) or reading.is_question:
+        return Verdict("missing", 0.0, (), (), "asks back" if reading.is_question else "declines")
+    pairs = field.empty_words | _pairs(normalize(question)) | {p for label in field.labels for p in _pairs(label)}
+    is_about = bool(_pairs(reading.text) & (pairs - EMPTY_PAIRS)) or BARE_NONE.fullmatch(reading.text)
+    if NONE.search(reading.masked) and is_about:
+        return Verdict("exact", 1.0, (), ())
+    return _wrong(reading, (), "does not say that there is none")
+
+
+def _pairs(text: str) -> frozenset[str]:
+    return frozenset(text[i : i + 2] for i in range(len(text) - 1) if text[i : i + 2].isalpha())
+
+
+def none_words(wordings: list[str]) -> frozenset[str]:
+    """Pairs of characters by which a wording for an empty cell is told from one for another column."""
+    return frozenset().union(*(_pairs(normalize(wording)) for wording in wordings)) - EMPTY_PAIRS
+
+
+def _check_flag(table: FactTable, field: Field, reading: Reading, items: tuple[str, ...]) -> Verdict:
+    """Yes or no: every clause that speaks of this column, or of none, must say the same."""
+    labels = {normalize(label) for label in field.labels}
+    rivals = {
+        normalize(label) for other in table.fields.values() if other.kind == "flag" and other != field
+        for label in other.labels
+    }  # fmt: skip
+    answers = set()
+    for clause in filter(None, (part.strip() for part in CLAUSE_BREAK.split(reading.masked))):
+        is_about = any(label in clause for label in labels)
+        if not is_about and any(rival in clause for rival in rivals):
+            continue
+        if NEGATION.search(clause) or clause in ("否", "no"):
+            answers.add("0")
+        elif is_about or re.match(r"(?:是|对|没错|有|属于|当然|yes)", clause):
+            answers.add("1")
+    expected = "1" if set(items) & YES else "0" if set(items) & NO else ""
+    if IGNORANCE.search(reading.text) or (not answers and reading.is_question):
+        return Verdict("missing", 0.0, (), items, "declines")
+    found = tuple(sorted(answers))
+    if answers == {expected}:
+        return Verdict("exact", 1.0, found, items)
+    return Verdict("wrong", 0.0, found, items, "says yes and no" if len(answers) == 2 else "another value")
+
+
+def _check_unanswerable(table: FactTable, reading: Reading, question: str) -> Verdict:
+    """The table has no answer: right is a reply that says so and states nothing that the question did not."""
+    values = _known_values(table, reading.text) - _known_values(table, normalize(question))
+    if values or reading.stated:
+        return Verdict("wrong", 0.0, tuple(sorted(values | reading.stated)), (), "invents a value")
+    if IGNORANCE.search(reading.text) or UNRECORDED.search(reading.text):
+        return Verdict("exact", 1.0, (), ())
+    if reading.is_question:
+        return Verdict("missing", 0.0, (), (), "asks back")
+    return Verdict("wrong", 0.0, (), (), "does not say that it does not know")
+
+
+def _known_values(table: FactTable, text: str) -> set[str]:
+    return {token.text for token in table.lexicon.find(text) if token.columns and not token.subjects}

@@ -1,0 +1,128 @@
+"""Question files: dialogues with checkable questions, and the facts that the replies are held against.
+
+Written by `python data_processing/question_builder.py --output questions.json`; read by `evaluate.py --questions_file`
+and, during training, by `sample.build_training_evaluator`.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetune_chatmodel_demo.evaluation.facts import FactTable
+
+FORMAT = "chatglm3-questions-1"
+TRAINED, UNSEEN = "trained phrasings", "unseen phrasings"
+MULTI_TURN, UNANSWERABLE = "multi-turn", "unanswerable"
+HELD_OUT_TRAINED, HELD_OUT_UNSEEN = "held out, trained phrasings", "held out, unseen phrasings"
+GROUPS = (TRAINED, UNSEEN, MULTI_TURN, UNANSWERABLE, HELD_OUT_TRAINED, HELD_OUT_UNSEEN)
+
+
+class QuestionFileError(ValueError):
+    """A question file that cannot be used."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question of a dialogue.
+
+    Attributes:
+        text: what the user says.
+        group: the set it counts in, one of GROUPS.
+        kind: what it tests there: "opening", "pronoun", "second subject" …
+        subject: about whom; None: somebody that the table does not hold.
+        column: what is asked for; None: something that the table does not hold.
+        reference: a right reply, in the template's words: the history that `history="reference"` shows.
+        wordings: all replies that the template has for it; one of them to the letter counts as verbatim.
+    """
+
+    text: str
+    group: str
+    kind: str
+    subject: str | None
+    column: str | None
+    reference: str
+    wordings: tuple[str, ...] = ()
+
+    @property
+    def is_answerable(self) -> bool:
+        return self.subject is not None and self.column is not None
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """One conversation: its system prompt, if any, and its questions in order."""
+
+    system: str | None
+    turns: tuple[Turn, ...]
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """Dialogues and facts; `notes` says how they were made (seed, subjects held out, what was left out and why)."""
+
+    table: FactTable
+    dialogues: tuple[Dialogue, ...]
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def turns(self) -> list[Turn]:
+        return [turn for dialogue in self.dialogues for turn in dialogue.turns]
+
+    def select(self, groups: Iterable[str]) -> "QuestionSet":
+        """The dialogues that have a question of one of these groups."""
+        wanted = set(groups)
+        kept = [dialogue for dialogue in self.dialogues if wanted & {turn.group for turn in dialogue.turns}]
+        return QuestionSet(self.table, tuple(kept), self.notes)
+
+
+def write_questions(questions: QuestionSet, path: Path) -> None:
+    """One JSON object; the inverse of `read_question_file`."""
+    data = {
+        "format": FORMAT,
+        "notes": questions.notes,
+        "facts": questions.table.to_json(),
+        "dialogues": [
+            {"system": dialogue.system, "turns": [asdict(turn) for turn in dialogue.turns]}
+            for dialogue in questions.dialogues
+        ],
+    }
+    path.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def is_question_file(path: Path) -> bool:
+    """Whether a JSON file is one of `write_questions`, judged by its first characters."""
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        return FORMAT in file.read(200)
+
+
+def read_question_file(path: str | Path) -> QuestionSet:
+    """Read what `write_questions` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        QuestionFileError: it is something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"question file {path} does not exist; make one with data_processing/question_builder.py"
+        )
+    try:
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
+        if data.get("format") != FORMAT:
+            raise QuestionFileError(
+                f"{path}: expected a question file (format {FORMAT}), got format {data.get('format')!r}; make one with "
+                "data_processing/question_builder.py, or use --data for a file of conversations"
+            )
+        dialogues = tuple(
+            Dialogue(entry["system"], tuple(_read_turn(turn) for turn in entry["turns"])) for entry in data["dialogues"]
+        )
+        return QuestionSet(FactTable.from_json(data["facts"]), dialogues, data["notes"])
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise QuestionFileError(f"{path} is no question file ({type(error).__name__}: {error})") from None
+
+
+def _read_turn(data: dict[str, Any]) -> Turn:
+    return Turn(**{**data, "wordings": tuple(data["wordings"])})

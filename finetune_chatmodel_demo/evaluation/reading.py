@@ -1,0 +1,284 @@
+"""What a reply states, about which column of which subject: sentences, negations, headings, numbers with units.
+
+`read_reply` finds; `fact_checking.check_reply` judges. `python -m pytest tests/test_fact_checking.py` exercises both.
+"""
+
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from decimal import Decimal
+from functools import cached_property
+
+from finetune_chatmodel_demo.evaluation.facts import FactTable, Token, is_cjk
+from finetune_chatmodel_demo.evaluation.fields import NUMBER, UNITS, Field, canonical, normalize
+
+SENTENCE = re.compile(r"[^。!?;\n]*(?:[。!?;\n]+|$)")
+QUESTION_END = re.compile(r"\?|吗[。!;\n]*$")
+# A clause is what a negation reaches: 、 does not end it, 而是 does.
+CLAUSE_BREAK = re.compile(r"[,。!?;:\n\"]|而是|但是|但|而")
+NEGATION = re.compile(r"不(?![过仅只止光但错知同论如管])|没(?!错|问题|事)|无(?!论|疑)|[并而绝]非")
+# Adverbs that look like items of the Pokémon table (一般 is a type).
+COMMON_WORDS = re.compile(r"一般(?:来说|来讲|而言|情况|都|会|在|能|可以|需要|只|不)")
+# Counting words: 两种属性, 第1世代 and 6项 are no values.
+COUNTED = re.compile(r"\s?(?:种|只|个|位|世代|代|项|条|名|类|步|句)")
+HEADING_LINK = r"(?:种族值|属性|数值|值)?\s?(?:分别)?(?:是|为|:|=|有|包括|包含|写着|大约|约|达到|(?=\d))"
+# What stands before a heading that is about the subject: its name (blanked out), a pronoun, or a word that joins.
+HEADING_OWNER = re.compile(r"(?:(?:\0|[它他她该其]|宝可梦|家伙)的?|[和及与而且])$")
+CHINESE_DIGITS = "零一二三四五六七八九"
+CHINESE_NUMBER = re.compile(r"[零〇一二两三四五六七八九十百千万]+(?:点[零〇一二三四五六七八九]+)?")
+# Beside these a value still stands by itself, and so it does beside what is no Chinese letter, beside another known
+# word, and beside what the template's own answers put there.
+LEFT_NEIGHBOURS = frozenset("是为叫做作成于有的被由从到在和与及或以跟同带怕呈归写着称名自属算指即含它只会还而就约")
+RIGHT_NEIGHBOURS = frozenset("属系的和与及或以跟同色类型招两三四种这是也都会能吧呢啊哦喔呀了时等双单为宝群")
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number in a text: where it starts, its value, and its unit as written (empty: none)."""
+
+    start: int
+    value: Decimal
+    unit: str
+
+
+@dataclass
+class Reading:
+    """What a reply says.
+
+    Attributes:
+        text: the reply, normalized.
+        masked: the same with every known word but labels blanked out.
+        stated: items and numbers that it gives for the asked column.
+        denied: those that it negates.
+        embedded: items inside a longer word that the table does not know (大种子宝可梦).
+        others: column → what it gives under that column's own heading.
+        names_subject: it names the asked subject.
+        other_subjects: subjects that it speaks about without being asked about them.
+        foreign: numbers whose unit does not measure what was asked for.
+        is_question: it consists of questions alone.
+    """
+
+    text: str
+    masked: str = ""
+    stated: set[str] = field(default_factory=set)
+    denied: set[str] = field(default_factory=set)
+    embedded: set[str] = field(default_factory=set)
+    others: dict[str, set[str]] = field(default_factory=dict)
+    names_subject: bool = False
+    other_subjects: set[str] = field(default_factory=set)
+    foreign: list[Number] = field(default_factory=list)
+    is_question: bool = False
+
+
+def read_reply(
+    table: FactTable,
+    reply: str,
+    *,
+    column: str | None,
+    subject: str | None,
+    expected: frozenset[str] = frozenset(),
+) -> Reading:
+    """Read a reply to a question about one column of one subject.
+
+    Args:
+        table: its words and fields are used, never a cell.
+        column: what was asked for; None: something that the table does not hold.
+        subject: about whom; None: about nobody in the table.
+        expected: items of the right answer: the asked subject's own name is a value only where it is one of them.
+    """
+    return _Reader(table, normalize(reply), column, subject, expected).read()
+
+
+class _Reader:
+    """One reply. Spans are (start, end) in the normalized text."""
+
+    def __init__(
+        self, table: FactTable, text: str, column: str | None, subject: str | None, expected: frozenset[str]
+    ) -> None:
+        self.table, self.text, self.column, self.subject, self.expected = table, text, column, subject, expected
+        self.asked = table.fields[column] if column is not None else None
+        idioms = [match.span() for match in COMMON_WORDS.finditer(text)]
+        self.tokens = [token for token in table.lexicon.find(text) if not _inside(token.start, idioms)]
+        self.masked = self._mask()
+        self.questions = list(_question_spans(text))
+        self.negated = list(_negated_spans(self.masked))
+        self.headings = list(self._headings())
+        self.reading = Reading(text, self.masked)
+
+    def read(self) -> Reading:
+        self.reading.is_question = bool(self.text) and sum(b - a for a, b in self.questions) == len(self.text)
+        for token in self.tokens:
+            if not _inside(token.start, self.questions):
+                self._take_token(token)
+        for number in find_numbers(self.masked, _units_of(self.table), _measures_of(self.table)):
+            if not _inside(number.start, self.questions):
+                self._take_number(number)
+        return self.reading
+
+    def _take_token(self, token: Token) -> None:
+        """Note a known word as a value, as a value of another column, or as somebody's name."""
+        heading, is_negated = self._heading_at(token.start), _inside(token.start, self.negated)
+        owner = self.table.fields[heading] if heading else self.asked
+        self.reading.names_subject |= self.subject in token.subjects
+        if owner is not None and self._is_value(token, owner):
+            item = owner.aliases.get(token.text, token.text)
+            if heading and not is_negated:
+                self.reading.others.setdefault(heading, set()).add(item)
+            elif not heading:
+                stated = self.reading.stated if self._stands_alone(token, owner) else self.reading.embedded
+                (self.reading.denied if is_negated else stated).add(item)
+        elif token.subjects and self.subject not in token.subjects and not is_negated:
+            self.reading.other_subjects.add(min(token.subjects))
+
+    def _is_value(self, token: Token, owner: Field) -> bool:
+        """Is the word a value of this column? Where values are names (进化自), every name but the subject's own is."""
+        names_subjects = owner.kind in ("list", "text") and not owner.vocabulary.isdisjoint(self.table.names)
+        if names_subjects and self.subject in token.subjects:
+            return token.text in self.expected
+        return owner.column in token.columns or (names_subjects and bool(token.subjects))
+
+    def _stands_alone(self, token: Token, owner: Field) -> bool:
+        """Is this the word itself, and not a part of a longer one that the table does not know?"""
+        left = self.text[token.start - 1 : token.start] or " "
+        right = self.text[token.end : token.end + 1] or " "
+        is_left = not (is_cjk(left) and is_cjk(token.text[0])) or left in LEFT_NEIGHBOURS or left in owner.left
+        is_right = not (is_cjk(right) and is_cjk(token.text[-1])) or right in RIGHT_NEIGHBOURS or right in owner.right
+        return (is_left or token.start in self._token_ends) and (is_right or token.end in self._token_starts)
+
+    @cached_property
+    def _token_starts(self) -> set[int]:
+        return {token.start for token in self.tokens}
+
+    @cached_property
+    def _token_ends(self) -> set[int]:
+        return {token.end for token in self.tokens}
+
+    def _take_number(self, number: Number) -> None:
+        """Note a number as the answer, as another column's value, or as one of another unit."""
+        heading, is_negated = self._heading_at(number.start), _inside(number.start, self.negated)
+        owner = self.table.fields[heading] if heading else self.asked
+        if owner is None:
+            if not is_negated:
+                self.reading.stated.add(str(number.value))
+        elif owner.kind == "number":
+            value = convert(number, owner.unit)
+            if heading and not is_negated and value is not None:
+                self.reading.others.setdefault(heading, set()).add(str(value))
+            elif not heading and value is not None:
+                (self.reading.denied if is_negated else self.reading.stated).add(str(value))
+            elif not heading and not is_negated:
+                self.reading.foreign.append(number)
+
+    def _mask(self) -> str:
+        """The text with every known word that is no label blanked out, so that nothing is read inside of it."""
+        labels = {normalize(label) for field in self.table.fields.values() for label in field.labels}
+        characters = list(self.text)
+        for token in self.tokens:
+            if token.text not in labels:
+                characters[token.start : token.end] = "\0" * (token.end - token.start)
+        return "".join(characters)
+
+    def _headings(self) -> Iterator[tuple[int, int, str | None]]:
+        """(from, to, column): up to the next heading or the end of the sentence, the text is about that column.
+
+        The asked column's own heading gives None. 它的属性是 is a heading, and 它害怕的属性是 is none.
+        """
+        fields = reversed(self.table.fields.values())
+        owners = {normalize(label): field.column for field in fields for label in field.labels}
+        words = "|".join(re.escape(label) for label in sorted(owners, key=len, reverse=True))
+        found = [m for m in re.finditer(rf"({words}){HEADING_LINK}", self.masked) if self._begins_word(m.start())]
+        for i, match in enumerate(found):
+            end = SENTENCE.match(self.masked, match.end()).end()
+            if i + 1 < len(found):
+                end = min(end, found[i + 1].start())
+            owner = owners[match.group(1)]
+            yield match.end(), end, None if owner == self.column else owner
+
+    def _begins_word(self, start: int) -> bool:
+        before = self.masked[:start]
+        return not before or not is_cjk(before[-1]) or HEADING_OWNER.search(before) is not None
+
+    def _heading_at(self, position: int) -> str | None:
+        return next((owner for start, end, owner in self.headings if start <= position < end), None)
+
+
+def convert(number: Number, unit: str) -> Decimal | None:
+    """The number in `unit`; None where its own unit measures something else. A bare number has the asked unit."""
+    if number.unit in ("", unit):
+        return canonical(number.value)
+    measure, factor = UNITS.get(number.unit, (number.unit, Decimal(1)))
+    wanted, wanted_factor = UNITS.get(unit, (unit, Decimal(1)))
+    return canonical(number.value * factor / wanted_factor) if measure == wanted else None
+
+
+def find_numbers(text: str, units: frozenset[str], measures: frozenset[str]) -> Iterator[Number]:
+    """Numbers of a normalized text. 16.9 is one number and holds no 6.9.
+
+    Args:
+        units: words that are a unit when they stand directly behind a number.
+        measures: what the table measures: Chinese numbers count only before a unit of one of these (零点七米).
+    """
+    for match in NUMBER.finditer(text):
+        unit = _unit_behind(text, match.end(), units)
+        if unit or not COUNTED.match(text, match.end()):
+            yield Number(match.start(), canonical(Decimal(match[0].replace(",", ""))), unit)
+    for match in CHINESE_NUMBER.finditer(text):
+        unit = _unit_behind(text, match.end(), units)
+        if unit and UNITS.get(unit, (unit, 1))[0] in measures:
+            yield Number(match.start(), canonical(read_chinese_number(match[0])), unit)
+
+
+def _unit_behind(text: str, position: int, units: frozenset[str]) -> str:
+    """The longest unit that the text goes on with, or nothing; `m` must not be the beginning of a word."""
+    if text[position : position + 1] == " ":
+        position += 1
+    for length in range(max(map(len, units), default=0), 0, -1):
+        unit, after = text[position : position + length], text[position + length : position + length + 1]
+        goes_on = unit[-1:].isascii() and unit[-1:].isalpha() and after.isascii() and after.isalpha()
+        if len(unit) == length and unit in units and not goes_on:
+            return unit
+    return ""
+
+
+def read_chinese_number(text: str) -> Decimal:
+    """零点七 → 0.7, 一百二十 → 120."""
+    whole, _, fraction = text.replace("〇", "零").replace("两", "二").partition("点")
+    total = section = digit = 0
+    for character in whole:
+        if character in CHINESE_DIGITS:
+            digit = CHINESE_DIGITS.index(character)
+        elif character == "万":
+            total, section, digit = (total + section + digit) * 10_000, 0, 0
+        else:
+            section += (digit or 1) * {"十": 10, "百": 100, "千": 1000}[character]
+            digit = 0
+    digits = "".join(str(CHINESE_DIGITS.index(character)) for character in fraction)
+    return Decimal(f"{total + section + digit}.{digits or '0'}")
+
+
+def _units_of(table: FactTable) -> frozenset[str]:
+    return frozenset(UNITS) | {field.unit for field in table.fields.values() if field.unit}
+
+
+def _measures_of(table: FactTable) -> frozenset[str]:
+    return frozenset(UNITS.get(field.unit, (field.unit, 1))[0] for field in table.fields.values() if field.unit)
+
+
+def _question_spans(text: str) -> Iterator[tuple[int, int]]:
+    """Where the reply asks instead of telling."""
+    for match in SENTENCE.finditer(text):
+        if match[0].strip() and QUESTION_END.search(match[0].rstrip()):
+            yield match.span()
+
+
+def _negated_spans(masked: str) -> Iterator[tuple[int, int]]:
+    """From a negation to the end of its clause."""
+    edges = [0, *(match.end() for match in CLAUSE_BREAK.finditer(masked)), len(masked)]
+    for start, end in itertools.pairwise(edges):
+        if match := NEGATION.search(masked, start, end):
+            yield match.start(), end
+
+
+def _inside(position: int, spans: list[tuple[int, int]]) -> bool:
+    return any(start <= position < end for start, end in spans)
