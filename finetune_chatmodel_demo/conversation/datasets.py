@@ -63,7 +63,18 @@ class TokenRows:
         return len(self._origins)
 
     def __getitem__(self, row: int) -> dict[str, list[int]]:
-        """The row as a trainer takes it; each kind of row says how."""
+        spans = [self._span(row, part) for part in range(self.parts)]
+        is_target = self._is_target[spans[0].start : spans[-1].stop]
+        return self.make_item([self._input_ids[span] for span in spans], is_target)
+
+    @staticmethod
+    def make_item(parts: list[np.ndarray], is_target: np.ndarray) -> dict[str, list[int]]:
+        """A row as a trainer takes it; each kind of row says how.
+
+        Args:
+            parts: int32 ids of each sequence.
+            is_target: (T,) bool over all of them, 1 where the loss counts.
+        """
         raise NotImplementedError
 
     @property
@@ -106,11 +117,11 @@ class ConversationDataset(TokenRows):
     An item is `{"input_ids": list[int], "labels": list[int]}`, labels being -100 where the loss does not count.
     """
 
-    def __getitem__(self, row: int) -> dict[str, list[int]]:
-        span = self._span(row, 0)
-        input_ids = self._input_ids[span]
-        labels = np.where(self._is_target[span], input_ids, IGNORED_LABEL)
-        return {"input_ids": input_ids.tolist(), "labels": labels.tolist()}
+    @staticmethod
+    def make_item(parts: list[np.ndarray], is_target: np.ndarray) -> dict[str, list[int]]:
+        """See `TokenRows`."""
+        labels = np.where(is_target, parts[0], IGNORED_LABEL)
+        return {"input_ids": parts[0].tolist(), "labels": labels.tolist()}
 
 
 class DocumentDataset(ConversationDataset):
@@ -126,9 +137,11 @@ class PairDataset(TokenRows):
 
     parts = PARTS["dpo"]
 
-    def __getitem__(self, row: int) -> dict[str, list[int]]:
+    @staticmethod
+    def make_item(parts: list[np.ndarray], is_target: np.ndarray) -> dict[str, list[int]]:
+        """See `TokenRows`."""
         names = ("prompt_ids", "chosen_ids", "rejected_ids")
-        return {name: self.ids(row, part).tolist() for part, name in enumerate(names)}
+        return {name: part.tolist() for name, part in zip(names, parts, strict=True)}
 
     @property
     def lengths(self) -> list[int]:
@@ -146,8 +159,11 @@ class PromptDataset(TokenRows):
 
     parts = PARTS["ppo"]
 
-    def __getitem__(self, row: int) -> dict[str, list[int]]:
-        return {"input_ids": self.ids(row, 0).tolist(), "labels": self.ids(row, 1).tolist()}
+    @staticmethod
+    def make_item(parts: list[np.ndarray], is_target: np.ndarray) -> dict[str, list[int]]:
+        """See `TokenRows`."""
+        prompt, reference = parts
+        return {"input_ids": prompt.tolist(), "labels": reference.tolist()}
 
     @property
     def lengths(self) -> list[int]:
