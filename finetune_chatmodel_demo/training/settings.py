@@ -29,6 +29,7 @@ from finetune_chatmodel_demo.training.checkpoints import (
     read_whole_checkpoint,
 )
 from finetune_chatmodel_demo.training.checks import check_files, check_settings, has_gpu, trains
+from finetune_chatmodel_demo.training.schedulers import check_scheduler, read_options
 
 METHOD_TITLES = {
     P_TUNING: "P-Tuning v2",
@@ -170,6 +171,8 @@ def _build_training_arguments(settings: Settings) -> TrainingArguments:
     kind = _training_arguments_class(settings.stage.stage)
     names = {item.name for item in fields(kind)}
     chosen = _select(given, kind)
+    if "lr_scheduler_kwargs" in chosen:
+        chosen["lr_scheduler_kwargs"] = read_options(chosen["lr_scheduler_kwargs"])
     # transformers 5.23 renamed the flag; both names work, and the old one warns.
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
     wanted = chosen.pop("gradient_checkpointing", None)
@@ -191,6 +194,7 @@ def _build_training_arguments(settings: Settings) -> TrainingArguments:
         training = kind(**{**defaults, **chosen, **forced})
     except ValueError as error:
         raise SettingsError(str(error)) from error
+    check_scheduler(training, given, settings.notices)
     if training.n_gpu > 1:
         settings.notices.append(
             f"one of {training.n_gpu} GPUs is used; start with torchrun (NUM_GPUS in the scripts) for more"
