@@ -1,12 +1,20 @@
 """Packed rows: the losses and gradients of conversations that share a row equal those of the same ones alone."""
 
+import json
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch.nn.attention.flex_attention import create_mask
+from training_helpers import losses, make_model, train, write_conversations
 
-from finetune_chatmodel_demo.chatglm3 import ChatGLM3Config, ChatGLM3ForCausalLM
+from finetune_chatmodel_demo.chatglm3 import ChatGLM3Config, ChatGLM3ForCausalLM, prefix
 from finetune_chatmodel_demo.chatglm3.adapters import add_adapter
 from finetune_chatmodel_demo.chatglm3.packing import Packing, _flex
+from finetune_chatmodel_demo.conversation.collating import PackCollator
+from finetune_chatmodel_demo.conversation.grouping import group_rows
 
 LENGTHS = (7, 1, 12, 5)
 
@@ -153,3 +161,83 @@ def test_the_way_of_cuda_gives_the_same_output(copies, monkeypatch):
 def test_impossible_packings_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         build("ptuning")(**{**pack(make_rows()), **change})
+
+
+# Groups of rows
+
+
+@given(st.lists(st.integers(1, 60), max_size=80), st.integers(20, 64), st.integers(0, 3))
+def test_groups_hold_every_row_once_and_are_not_too_full(lengths, capacity, seed):
+    groups = group_rows(lengths, capacity, seed)
+    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
+    for group in groups:
+        assert len(group) == 1 or sum(lengths[row] for row in group) <= capacity
+    # Best fit never leaves two groups that would fit into one.
+    sums = sorted(sum(lengths[row] for row in group) for group in groups)
+    assert len(sums) < 2 or sums[0] + sums[1] > capacity
+
+
+def test_groups_are_nearly_full():
+    draw = torch.Generator().manual_seed(0)
+    lengths = torch.randint(60, 320, (3000,), generator=draw).tolist()
+    groups = group_rows(lengths, 2048, seed=1)
+    assert sum(lengths) / (2048 * len(groups)) > 0.99
+    assert groups == group_rows(lengths, 2048, seed=1) != group_rows(lengths, 2048, seed=2)
+
+
+def test_a_packed_batch():
+    items = [
+        {"rows": [{"input_ids": [5, 6, 7], "labels": [5, -100, 7]}, {"input_ids": [8, 9], "labels": [-100, 9]}]},
+        {"rows": [{"input_ids": [4], "labels": [-100]}]},
+    ]
+    batch = PackCollator(pad_token_id=0, pad_to_multiple_of=4)(items)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 4, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, -100, 7, -100, 9, -100, -100, -100]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 0, 1]]
+    assert batch["segment_lengths"] == (3, 2, 1, 2)
+
+
+# Runs
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, tiny_folder):
+    return make_model(tmp_path_factory.mktemp("model"), tiny_folder)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"pre_seq_len": 4}, {"finetuning_type": "lora", "learning_rate": 1e-2}, {"learning_rate": 1e-3}],
+    ids=["ptuning", "lora", "full"],
+)
+def test_a_packed_run_equals_one_with_the_same_rows_in_a_step(options, model, tmp_path, monkeypatch):
+    """All 24 rows in each step, once as packed groups, once as rows of a batch."""
+    monkeypatch.setattr(prefix, "PREFIX_DROPOUT", 0.0)
+    data = write_conversations(tmp_path / "train.jsonl")
+    options = options | {"max_steps": 3, "train_sampling_strategy": "random"}
+    assert train(model, data, tmp_path / "rows", per_device_train_batch_size=24, **options) == 0
+    lengths = {"max_seq_length": 512, "packing": True}
+    assert train(model, data, tmp_path / "packed", per_device_train_batch_size=4, **options, **lengths) == 0
+    assert losses(tmp_path / "packed") == pytest.approx(losses(tmp_path / "rows"), rel=1e-5)
+
+
+def test_a_packed_run_resumes_to_the_same_weights(model, tmp_path):
+    data = write_conversations(tmp_path / "train.jsonl")
+    options = {"pre_seq_len": 4, "packing": True, "max_seq_length": 200, "per_device_train_batch_size": 1}
+    for name, steps in (("a", 6), ("b", 3), ("b", 6)):
+        flags = {"max_steps": steps, "save_steps": 3, "lr_scheduler_type": "constant", "resume_from_checkpoint": True}
+        assert train(model, data, tmp_path / name, **options, **flags) == 0
+    first, second = (load_file(tmp_path / name / "prefix_encoder.safetensors") for name in "ab")
+    assert torch.equal(first["embedding.weight"], second["embedding.weight"])
+    state = json.loads((tmp_path / "a" / "trainer_state.json").read_text())
+    assert state["epoch"] < 1.5  # 24 rows of 1,480 tokens are 8 groups
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"stage": "pt"}, "--stage pt always fills its blocks"), ({"streaming": True}, "--packing groups rows")],
+)
+def test_packing_is_refused_where_it_means_nothing(options, message, model, tmp_path, capsys):
+    data = write_conversations(tmp_path / "train.jsonl")
+    assert train(model, data, tmp_path / "o", packing=True, **options) == 1
+    assert message in capsys.readouterr().err

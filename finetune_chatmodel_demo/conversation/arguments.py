@@ -64,6 +64,10 @@ class DataArguments:
     max_seq_length: int = field(
         default=2048, metadata={"help": "Most tokens of a row (but see the next two); also --cutoff_len."}
     )
+    packing: bool = field(
+        default=False,
+        metadata={"help": "Several conversations share a row of --max_seq_length tokens without seeing each other."},
+    )
     max_source_length: int = field(default=1024, metadata={"help": "input-output: most tokens of the prompt."})
     max_target_length: int = field(default=128, metadata={"help": "input-output: most tokens of the response."})
     preprocessing_num_workers: int | None = field(

@@ -34,3 +34,35 @@ class PadCollator:
             rows = [item[key] + [filler] * (length - len(item[key])) for item in items]
             batch[key] = torch.tensor(rows, dtype=torch.long)
         return batch
+
+
+@dataclass(frozen=True)
+class PackCollator:
+    """Puts the groups of `GroupedRows` into one row, conversation behind conversation.
+
+    Attributes:
+        pad_token_id: What fills the row.
+        pad_to_multiple_of: Rounds the row's length up to a multiple, with a conversation of padding at its end.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Returns `input_ids`, `labels`, `position_ids`, (1, T) long tensors, and `segment_lengths`, a tuple."""
+        import torch
+
+        rows = [row for item in items for row in item["rows"]]
+        total = sum(len(row["input_ids"]) for row in rows)
+        missing = -total % self.pad_to_multiple_of if self.pad_to_multiple_of else 0
+        if missing:
+            rows.append({"input_ids": [self.pad_token_id] * missing, "labels": [IGNORED_LABEL] * missing})
+        # A conversation's first token is predicted by nothing: what stands before it belongs to another one.
+        labels = [label for row in rows for label in [IGNORED_LABEL, *row["labels"][1:]]]
+        batch = {
+            "input_ids": [token for row in rows for token in row["input_ids"]],
+            "labels": labels,
+            "position_ids": [position for row in rows for position in range(len(row["input_ids"]))],
+        }
+        tensors = {name: torch.tensor([values], dtype=torch.long) for name, values in batch.items()}
+        return {**tensors, "segment_lengths": tuple(len(row["input_ids"]) for row in rows)}

@@ -121,6 +121,7 @@ def check_settings(settings: "Settings") -> None:
     _check_unsupported(settings.given)
     _check_evaluation(settings)
     _check_streaming(settings)
+    _check_packing(settings)
 
 
 def _check_method(settings: "Settings") -> None:
@@ -250,6 +251,17 @@ def _check_streaming(settings: "Settings") -> None:
         raise SettingsError(f"--streaming works with --stage pt and sft, not with {settings.stage.stage}; drop it")
     if 0 < settings.data.val_size < 1:
         raise SettingsError("--streaming cannot split off a share; give --val_size as a number of rows, e.g. 100")
+
+
+def _check_packing(settings: "Settings") -> None:
+    if not settings.data.packing:
+        return
+    if settings.stage.stage == "pt":
+        raise SettingsError("--packing is for conversations; --stage pt always fills its blocks: drop it")
+    if settings.stage.stage != "sft":
+        raise SettingsError(f"--packing works with --stage sft, not with {settings.stage.stage}; drop it")
+    if settings.data.streaming:
+        raise SettingsError("--packing groups rows by their lengths, which --streaming does not know; drop one of them")
 
 
 def has_gpu(given: dict[str, object]) -> bool:

@@ -54,7 +54,7 @@ class NumberedRows(Dataset):
 class NumberedCollator:
     """Pads with another collator and adds `row_index` (B,) and `token_counts` (B, 2): all, supervised.
 
-    The other collator's `labels` are (B, T), or (k × B, T) where a row has k texts (a pair has two).
+    Only the sums of `token_counts` over a batch mean something: the first row has all supervised tokens.
     """
 
     def __init__(self, collate: Callable[[list[dict]], dict[str, torch.Tensor]]) -> None:
@@ -63,13 +63,10 @@ class NumberedCollator:
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         added = ("row_index", "row_length")
         batch = self.collate([{key: item[key] for key in item if key not in added} for item in items])
-        lengths = torch.tensor([item["row_length"] for item in items])
-        supervised = lengths
-        if "labels" in batch:
-            is_target = batch["labels"][:, 1:] != IGNORED_LABEL
-            supervised = is_target.reshape(-1, len(items), is_target.shape[1]).sum(dim=(0, 2))
+        counts = torch.tensor([[item["row_length"], 0] for item in items])
+        counts[0, 1] = (batch["labels"][:, 1:] != IGNORED_LABEL).sum() if "labels" in batch else counts[:, 0].sum()
         batch["row_index"] = torch.tensor([item["row_index"] for item in items])
-        batch["token_counts"] = torch.stack([lengths, supervised], dim=1)
+        batch["token_counts"] = counts
         return batch
 
 

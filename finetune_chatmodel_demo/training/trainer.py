@@ -6,12 +6,27 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from finetune_chatmodel_demo.conversation.collating import PadCollator
+from finetune_chatmodel_demo.conversation.collating import PackCollator, PadCollator
+from finetune_chatmodel_demo.conversation.grouping import GroupedRows
 from finetune_chatmodel_demo.conversation.rendering import IGNORED_LABEL
 from finetune_chatmodel_demo.training.arguments import P_TUNING
 from finetune_chatmodel_demo.training.callbacks import StuckLossWarning
 from finetune_chatmodel_demo.training.run_trainer import RunTrainer
 from finetune_chatmodel_demo.training.settings import Settings
+
+# FlexAttention compiles a kernel for each length; a few lengths are enough.
+CUDA_PACKED_MULTIPLE = 256
+
+
+class _Collator:
+    """Packs groups of rows, pads single rows."""
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad = PadCollator(pad_token_id)
+        self.pack = PackCollator(pad_token_id, CUDA_PACKED_MULTIPLE if torch.cuda.is_available() else None)
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        return self.pack(items) if "rows" in items[0] else self.pad(items)
 
 
 class ChatTrainer(RunTrainer):
@@ -27,11 +42,13 @@ class ChatTrainer(RunTrainer):
     ) -> None:
         """Arguments: see `RunTrainer`."""
         self._validation, self._validated = torch.zeros(2, dtype=torch.float64), set[int]()
+        if settings.data.packing and train_rows is not None:
+            train_rows = GroupedRows(train_rows, settings.data.max_seq_length, settings.training.seed)
         super().__init__(
             model,
             settings,
             tokenizer,
-            PadCollator(tokenizer.pad_token_id),
+            _Collator(tokenizer.pad_token_id),
             train_rows,
             validation_rows,
             callbacks=[StuckLossWarning(settings.method == P_TUNING)],
