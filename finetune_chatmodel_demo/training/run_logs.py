@@ -3,6 +3,7 @@
 Names and keys are LLaMA-Factory's, whose users have programs that read them. Any run of `finetune.py` writes them.
 """
 
+import importlib.util
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from finetune_chatmodel_demo.training.arguments import SettingsError
 from finetune_chatmodel_demo.training.checkpoints import PARTIAL_PREFIX
 
 TRAINER_LOG = "trainer_log.jsonl"
@@ -40,6 +42,16 @@ TRAINING_KEYS = (
     "train_samples_per_second",
     "train_steps_per_second",
 )
+# --report_to NAME → packages, one of which it needs.
+REPORTER_PACKAGES = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "wandb": ("wandb",),
+    "swanlab": ("swanlab",),
+    "mlflow": ("mlflow",),
+    "trackio": ("trackio",),
+    "comet_ml": ("comet_ml",),
+    "clearml": ("clearml",),
+}
 # Loss per token of these stages is a cross-entropy; of the others it is not, and has no perplexity.
 STAGES_WITH_PERPLEXITY = ("pt", "sft")
 
@@ -127,9 +139,21 @@ class TrainerLogCallback(TrainerCallback):
             self.log.start(state.max_steps, state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
+        if state.is_world_process_zero and self.log.total_steps:  # not without a training
             entry = {"epoch": state.epoch, "num_input_tokens_seen": state.num_input_tokens_seen, **(logs or {})}
             self.log.write(state.global_step, entry)
+
+
+def check_reporters(names: Sequence[str]) -> None:
+    """Refuses --report_to NAME without the package, which `Trainer` would miss after the model is loaded.
+
+    Raises:
+        SettingsError: names the package.
+    """
+    for name in names:
+        packages = REPORTER_PACKAGES.get(name, ())
+        if packages and not any(importlib.util.find_spec(package) for package in packages):
+            raise SettingsError(f"--report_to {name} needs the package {packages[0]}: pip install {packages[0]}")
 
 
 def save_results(folder: str | Path, split: str, metrics: dict[str, Any]) -> None:

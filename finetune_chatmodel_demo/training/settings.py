@@ -29,7 +29,9 @@ from finetune_chatmodel_demo.training.checkpoints import (
     read_whole_checkpoint,
 )
 from finetune_chatmodel_demo.training.checks import check_files, check_settings, has_gpu, trains
+from finetune_chatmodel_demo.training.run_logs import check_reporters
 from finetune_chatmodel_demo.training.schedulers import check_scheduler, read_options
+from finetune_chatmodel_demo.training.text_scores import check_packages
 
 METHOD_TITLES = {
     P_TUNING: "P-Tuning v2",
@@ -38,9 +40,9 @@ METHOD_TITLES = {
     FULL: "all parameters",
 }
 DEFAULT_PRE_SEQ_LEN = 128  # the original's finetune_pt*.sh
-# ptuning and full: the original's finetune_pt*.sh and finetune_ds*.sh. lora, freeze: LLaMA-Factory's examples.
+# pt, sft: ptuning and full from the original's finetune_pt*.sh and finetune_ds*.sh; lora, freeze: LLaMA-Factory's
+# examples. The other stages: LLaMA-Factory's examples for LoRA (rm 1e-4, dpo 5e-6, ppo 1e-5), in proportion.
 DEFAULT_LEARNING_RATE = {P_TUNING: 2e-2, LORA: 1e-4, FREEZE: 1e-4, FULL: 1e-4}
-# LLaMA-Factory's examples for LoRA: 5e-6 for dpo and 1e-5 for ppo, where sft has 1e-4.
 STAGE_LEARNING_RATE_SHARE = {"pt": 1, "sft": 1, "rm": 1, "dpo": 0.05, "ppo": 0.1}
 DEFAULT_WARMUP_SHARE = 0.03
 
@@ -89,6 +91,11 @@ class Settings:
     def does_evaluate(self) -> bool:
         """Whether the validation loss is computed: after training, or where it was asked for."""
         return bool(self.does_train or self.given.get("do_eval"))
+
+    @property
+    def does_predict(self) -> bool:
+        """Whether the validation data is answered and the answers are scored."""
+        return bool(self.given.get("do_predict"))
 
     @property
     def has_validation(self) -> bool:
@@ -179,13 +186,15 @@ def _build_training_arguments(settings: Settings) -> TrainingArguments:
     if chosen.get(checkpointing) is None:
         chosen[checkpointing] = has_gpu(given) if wanted is None else wanted
     defaults = {
-        "learning_rate": DEFAULT_LEARNING_RATE[settings.method] * STAGE_LEARNING_RATE_SHARE[settings.stage.stage],
+        "learning_rate": default_learning_rate(settings),
         "warmup_steps": _default_warmup(given),
         "logging_steps": 10,
         "train_sampling_strategy": GROUP_BY_LENGTH,
         "ddp_find_unused_parameters": False,
         f"{checkpointing}_kwargs": {"use_reentrant": False},
         "dataloader_pin_memory": has_gpu(given),
+        # Rows of different lengths cannot be sent around as one tensor: each process reads all and keeps its part.
+        **({"accelerator_config": {"dispatch_batches": False}} if settings.data.streaming else {}),
         **_default_precision(given),
         **_default_evaluation(settings),
     }
@@ -195,12 +204,20 @@ def _build_training_arguments(settings: Settings) -> TrainingArguments:
     except ValueError as error:
         raise SettingsError(str(error)) from error
     check_scheduler(training, given, settings.notices)
+    check_reporters(training.report_to)
+    if settings.does_predict:
+        check_packages()
     if training.n_gpu > 1:
         settings.notices.append(
             f"one of {training.n_gpu} GPUs is used; start with torchrun (NUM_GPUS in the scripts) for more"
         )
         training._n_gpu = 1  # DataParallel would gather every batch on one GPU
     return training
+
+
+def default_learning_rate(settings: Settings) -> float:
+    """The learning rate of a run that names none."""
+    return DEFAULT_LEARNING_RATE[settings.method] * STAGE_LEARNING_RATE_SHARE[settings.stage.stage]
 
 
 def _default_warmup(given: dict[str, object]) -> float:

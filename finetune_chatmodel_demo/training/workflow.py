@@ -19,6 +19,13 @@ from finetune_chatmodel_demo.training.checkpoints import (
 )
 from finetune_chatmodel_demo.training.methods import prepare_model
 from finetune_chatmodel_demo.training.report import count_steps, describe_start, sanity_check
+from finetune_chatmodel_demo.training.run_logs import (
+    TrainerLogCallback,
+    describe_evaluation,
+    describe_training,
+    remove_results,
+    save_results,
+)
 from finetune_chatmodel_demo.training.run_trainer import RunTrainer
 from finetune_chatmodel_demo.training.settings import Settings
 
@@ -48,6 +55,7 @@ def run_finetuning(settings: Settings) -> RunTrainer:
     data = _read_data(settings, tokenizer)
     model = prepare_model(settings)
     trainer = trainer_class(settings.stage.stage)(model, settings, tokenizer, data.train, data.validation)
+    trainer.add_callback(TrainerLogCallback(args.output_dir))
     if args.should_log:
         _print_start(settings, trainer, tokenizer, data)
     if args.should_save:
@@ -58,6 +66,10 @@ def run_finetuning(settings: Settings) -> RunTrainer:
         trainer.evaluate()
     if settings.does_train:
         trainer.save_result()
+    if args.should_save:
+        _save_results(settings, trainer)
+    if settings.does_predict:
+        _predict(settings, trainer, tokenizer, data.validation)
     if args.should_log:
         print(f"finished: {args.output_dir}", flush=True)
     return trainer
@@ -94,7 +106,7 @@ def trainer_class(stage: str) -> type[RunTrainer]:
 
 def _print_start(settings: Settings, trainer: RunTrainer, tokenizer: Any, data: StageData) -> None:
     rows = data.train if settings.does_train else data.validation
-    print(sanity_check(tokenizer, next(iter(rows)) if settings.data.streaming else rows[0]))
+    print(sanity_check(tokenizer, rows.peek(1)[0] if hasattr(rows, "peek") else rows[0]))
     print(data.table)
     if settings.does_train:
         print(f"the run:\n{describe_start(settings, trainer)}")
@@ -123,6 +135,9 @@ def _prepare_output(settings: Settings) -> None:
     if settings.does_train and settings.checkpoint is None:
         for checkpoint in list_checkpoints(folder):
             remove_checkpoint(checkpoint)
+        remove_results(folder)
+    if not settings.does_train and (folder / SETTINGS_FILE).is_file():
+        return  # those of the training whose result is looked at
     text = json.dumps(settings.given, ensure_ascii=False, indent=1, default=str)
     (folder / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
 
@@ -146,5 +161,31 @@ def _train(settings: Settings, trainer: RunTrainer) -> None:
 
 
 def _was_evaluated(trainer: RunTrainer) -> bool:
-    steps = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    return bool(steps) and steps[-1] == trainer.state.global_step
+    """Whether the log has the validation of the result: of its last step, or of the best one where that was loaded."""
+    state = trainer.state
+    is_best = trainer.args.load_best_model_at_end and state.best_model_checkpoint
+    if is_best and state.best_global_step != state.global_step:
+        return False
+    steps = [entry["step"] for entry in state.log_history if "eval_loss" in entry]
+    return bool(steps) and steps[-1] == state.global_step
+
+
+def _save_results(settings: Settings, trainer: RunTrainer) -> None:
+    """Writes train_results.json, eval_results.json and all_results.json, where the run has such results."""
+    folder, log, stage = settings.training.output_dir, trainer.state.log_history, settings.stage.stage
+    results = {"eval": describe_evaluation(log, stage)}
+    if settings.does_train:
+        resumed = read_whole_checkpoint(settings.checkpoint)["step"] if settings.checkpoint else 0
+        results["train"] = describe_training(log, trainer.state.global_step, resumed)
+    for split, metrics in results.items():
+        if metrics:
+            save_results(folder, split, metrics)
+
+
+def _predict(settings: Settings, trainer: RunTrainer, tokenizer: Any, rows: Any) -> None:
+    from finetune_chatmodel_demo.training.prediction import PREDICTIONS, run_prediction
+
+    metrics = run_prediction(trainer.model, tokenizer, rows, settings, settings.training.output_dir)
+    if settings.training.should_log:
+        scores = ", ".join(f"{name.removeprefix('predict_')} {metrics[name]:.2f}" for name in sorted(metrics)[:4])
+        print(f"{len(rows)} answers are in {Path(settings.training.output_dir) / PREDICTIONS}: {scores}")
