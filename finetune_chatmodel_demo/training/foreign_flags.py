@@ -28,6 +28,8 @@ RENAMED = {
     "reward_model_adapters": "reward_model",
     "ppo_logger": "report_to",
     "quantization_bits": "quantization_bit",
+    "sft_packing": "packing",
+    "neat_packing": "packing",  # packed conversations never see each other here
 }
 # The run is the same without these.
 WITHOUT_EFFECT = {
@@ -64,8 +66,6 @@ WITHOUT_EFFECT = {
     "cache_path": "rows are tokenized anew, some thousands a second",
     "reward_model_type": "the folder --reward_model says what it is",
     "create_new_adapter": "without --adapter_name_or_path the adapter is new",
-    "packing": "--stage pt packs text into blocks, the other stages put rows of like length together",
-    "sft_packing": "rows of like length are put together, so that little is padded",
     "ray_run_name": "runs are started with torchrun",
 }
 # The run would be another one without these: they are refused, unless they are switched off anyway.
@@ -97,7 +97,6 @@ REPLACED = {
     "train_last_turn_only": 'write "loss": false into the messages that shall not count',
     "mask_history": 'write "loss": false into the messages that shall not count',
     "train_on_prompt": 'write "loss": true into the messages that shall count, or use --stage pt',
-    "neat_packing": "rows of like length are put together instead of being packed",
     "split": 'name the split in the data set\'s block in dataset_info.json: "split": "train"',
     "eval_on_each_dataset": "--eval_dataset gives one figure for all its data sets",
     "media_dir": "ChatGLM3 reads text only",
