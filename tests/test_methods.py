@@ -1,5 +1,7 @@
 """The four tuning methods: what is trained, what stays bit-equal, what is saved, what it loads to."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -236,3 +238,23 @@ def test_lora_on_a_quantized_base(bits, model, data, tmp_path):
     assert losses[-1] < losses[0]
     weights = load_file(tmp_path / "o" / "adapter_model.safetensors")
     assert all(value.abs().sum() > 0 for name, value in weights.items() if "lora_B" in name)
+
+
+# Streaming
+
+
+@pytest.mark.parametrize("stage", ["pt", "sft"])
+def test_rows_are_trained_while_they_are_read_and_a_resumed_run_sees_the_same(stage, model, data, tmp_path):
+    file = data
+    if stage == "pt":
+        file = tmp_path / "texts.jsonl"
+        file.write_text("".join(json.dumps({"text": f"皮卡丘的属性是电{'。' * i}"}) + "\n" for i in range(40)))
+    options = {"stage": stage, "pre_seq_len": 4, "streaming": True, "buffer_size": 8, "max_seq_length": 64}
+    for name, steps in (("a", 20), ("b", 14), ("b", 20)):  # 24 rows: the resumed run goes on in its second epoch
+        flags = {"max_steps": steps, "save_steps": 7, "lr_scheduler_type": "constant", "resume_from_checkpoint": True}
+        assert train(model, file, tmp_path / name, **options, **flags) == 0
+    first, second = (load_file(tmp_path / name / "prefix_encoder.safetensors") for name in "ab")
+    assert torch.equal(first["embedding.weight"], second["embedding.weight"])
+    first, second = ([e["loss"] for e in read_log(tmp_path / name) if "loss" in e] for name in "ab")
+    assert first == second
+    assert first[-1] < first[0]

@@ -21,7 +21,8 @@ STAGE_TITLES = {
 
 def describe_start(settings: Settings, trainer: "RunTrainer") -> str:
     """Returns the effective settings as a table, one line each."""
-    args, rows = trainer.args, len(trainer.train_dataset)
+    args = trainer.args
+    is_streamed = settings.data.streaming
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in trainer.model.parameters())
     effective = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -35,7 +36,7 @@ def describe_start(settings: Settings, trainer: "RunTrainer") -> str:
         "learning rate": f"{args.learning_rate:g}, {_name(args.lr_scheduler_type)}, warm-up over {warmup} steps",
         "batch": f"{args.per_device_train_batch_size} rows × {args.gradient_accumulation_steps} accumulated × "
         f"{args.world_size} processes = {effective} rows a step",
-        "steps": f"{steps} of {effective} rows = {steps * effective / rows:.2f} epochs of {rows} rows",
+        "steps": f"{steps} of {effective} rows" + ("" if is_streamed else _count_epochs(steps * effective, trainer)),
         "precision": settings.precision
         + (f", base in {bits} bits" if (bits := settings.model.quantization_bit) else ""),
         "device": f"{args.device}, gradient checkpointing {'on' if uses_checkpointing(args) else 'off'}",
@@ -43,6 +44,11 @@ def describe_start(settings: Settings, trainer: "RunTrainer") -> str:
         "resumed from": str(settings.checkpoint) if settings.checkpoint else "nothing, a new run",
     }
     return "\n".join(f"  {name:<14} {text}" for name, text in lines.items())
+
+
+def _count_epochs(rows: int, trainer: "RunTrainer") -> str:
+    count = len(trainer.train_dataset)
+    return f" = {rows / count:.2f} epochs of {count} rows"
 
 
 def count_steps(trainer: "RunTrainer") -> int:

@@ -4,15 +4,17 @@ Rows in units of similar length, tokens per second, a stop at the first loss tha
 are whole or not there.
 """
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, IterableDataset, Sampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
+from finetune_chatmodel_demo.conversation.records import RecordError
 from finetune_chatmodel_demo.conversation.rendering import IGNORED_LABEL
 from finetune_chatmodel_demo.training.arguments import FULL, GROUP_BY_LENGTH, P_TUNING
 from finetune_chatmodel_demo.training.callbacks import EpochOrder, Throughput
@@ -23,6 +25,7 @@ from finetune_chatmodel_demo.training.checkpoints import (
     remove_old_checkpoints,
     start_partial,
 )
+from finetune_chatmodel_demo.training.diagnosis import LearningWatch, read_number
 from finetune_chatmodel_demo.training.methods import load_trained, save_trained
 from finetune_chatmodel_demo.training.plots import plot_loss
 from finetune_chatmodel_demo.training.sampling import FixedOrder, LengthGroupedBatches
@@ -51,6 +54,27 @@ class NumberedRows(Dataset):
         return {**self.rows[index], "row_index": index, "row_length": self.lengths[index]}
 
 
+class NumberedStream(IterableDataset):
+    """The same for rows that are read while training, pass after pass without end.
+
+    Trainer cannot tell passes apart whose length it does not know: a resumed run would begin with the first again.
+    """
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        index = 0
+        for epoch in itertools.count():
+            self.rows.set_epoch(epoch)
+            before = index
+            for row in self.rows:
+                yield {**row, "row_index": index, "row_length": len(row["input_ids"])}
+                index += 1
+            if index == before:
+                raise RecordError(f"no row is left to train on: {self.rows.report}")
+
+
 class NumberedCollator:
     """Pads with another collator and adds `row_index` (B,) and `token_counts` (B, 2): all, supervised.
 
@@ -68,6 +92,12 @@ class NumberedCollator:
         batch["row_index"] = torch.tensor([item["row_index"] for item in items])
         batch["token_counts"] = counts
         return batch
+
+
+def _number(rows: Any | None) -> NumberedRows | NumberedStream | None:
+    if rows is None:
+        return None
+    return NumberedStream(rows) if isinstance(rows, IterableDataset) else NumberedRows(rows)
 
 
 class RunTrainer(Trainer):
@@ -90,7 +120,8 @@ class RunTrainer(Trainer):
             settings: the decided run.
             tokenizer: saved beside a whole model.
             collate: makes a batch of the rows' items.
-            train_rows: map-style dataset with `.lengths` and `.where(row)`; None: nothing is trained.
+            train_rows: map-style dataset with `.lengths` and `.where(row)`, or an iterable one; None: nothing is
+                trained.
             validation_rows: the same, or None.
             callbacks: the stage's own.
             kwargs: for the library's trainer.
@@ -99,6 +130,7 @@ class RunTrainer(Trainer):
         self.tokenizer_to_save = tokenizer
         self.throughput = Throughput()
         self._rows_of_step: list[torch.Tensor] = []
+        self.watch = next((callback for callback in callbacks if isinstance(callback, LearningWatch)), None)
         uses_cache = model.config.use_cache
         is_quantized_prefix = getattr(model, "is_quantized", False) and settings.method == P_TUNING
         if is_quantized_prefix:
@@ -107,8 +139,8 @@ class RunTrainer(Trainer):
             model=model,
             args=settings.training,
             data_collator=NumberedCollator(collate),
-            train_dataset=None if train_rows is None else NumberedRows(train_rows),
-            eval_dataset=None if validation_rows is None else NumberedRows(validation_rows),
+            train_dataset=_number(train_rows),
+            eval_dataset=_number(validation_rows),
             callbacks=[self.throughput, EpochOrder(self), *callbacks],
             **kwargs,
         )
@@ -150,7 +182,10 @@ class RunTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise NonFiniteLossError(self._describe_failure(f"the loss is {loss.item()}", self._rows_of_step[-1:]))
-        self.throughput.add(counts.sum(dim=0))
+        totals = counts.sum(dim=0)
+        self.throughput.add(totals)
+        if self.watch is not None:
+            self.watch.add_batch(loss.item(), supervised=int(totals[1]), tokens=int(totals[0]))
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -159,11 +194,18 @@ class RunTrainer(Trainer):
         has_loss_scaling = self.settings.precision == "float16" or self.is_deepspeed_enabled
         if norm is not None and not has_loss_scaling and not torch.isfinite(torch.as_tensor(norm)):
             raise NonFiniteLossError(self._describe_failure(f"the gradient's norm is {float(norm)}", rows))
+        if norm is not None and self.watch is not None:
+            self.watch.add_gradient(read_number(norm))
         return norm
+
+    def _where(self, row: int) -> str:
+        if isinstance(self.train_dataset, NumberedStream):
+            return "in the order of reading"
+        return self.train_dataset.rows.where(row)
 
     def _describe_failure(self, what: str, rows: list[torch.Tensor]) -> str:
         indices = sorted(int(index) for batch in rows for index in batch)
-        places = "; ".join(f"row {index} ({self.train_dataset.rows.where(index)})" for index in indices)
+        places = "; ".join(f"row {index} ({self._where(index)})" for index in indices)
         return (
             f"{what} at step {self.state.global_step + 1}, in the batch of {places}. Nothing of this step was applied "
             "or saved. Look at the rows with inspect_data.py; if they are in order, lower --learning_rate, or use "
@@ -238,12 +280,13 @@ class RunTrainer(Trainer):
     def describe_run(self) -> dict[str, Any]:
         """What decides the course of a run; a resumed run is compared with it."""
         data, args = self.settings.data, self.args
+        lengths = getattr(self.train_dataset, "lengths", None)  # unknown while streaming
         return {
             "train_format": data.train_format,
             "template": data.template,
             "train_file": data.dataset or Path(data.train_file or "").name,
-            "rows": len(self.train_dataset),
-            "tokens": sum(self.train_dataset.lengths),
+            "rows": None if lengths is None else len(lengths),
+            "tokens": None if lengths is None else sum(lengths),
             "pre_seq_len": self.settings.pre_seq_len,
             "learning_rate": args.learning_rate,
             "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
