@@ -267,6 +267,15 @@ class ChatGLM3ForCausalLM(PrefixSwitch, ChatGLM3PreTrainedModel, GlmForCausalLM)
         return F.cross_entropy(self.lm_head(hidden).float(), targets, reduction="sum")
 
 
+class ScoreHead(nn.Linear):
+    """A linear layer that computes in its own dtype: in bfloat16 autocast, close scores would become equal ones."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(…, hidden) → (…, labels)"""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return super().forward(hidden.to(self.weight.dtype))
+
+
 class ChatGLM3ForSequenceClassification(PrefixSwitch, GenericForSequenceClassification, ChatGLM3PreTrainedModel):
     """ChatGLM3 with a classification head on each row's last token, as the original `classifier_head`."""
 
@@ -274,5 +283,5 @@ class ChatGLM3ForSequenceClassification(PrefixSwitch, GenericForSequenceClassifi
         PreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = ChatGLM3Model(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.score = ScoreHead(config.hidden_size, config.num_labels)
         self.post_init()

@@ -101,6 +101,9 @@ class StageArguments:
     dpo_label_smoothing: float = field(
         default=0.0, metadata={"help": "dpo: share of preferences taken to be wrong, below 0.5."}
     )
+    center_rewards_coefficient: float = field(
+        default=0.0, metadata={"help": "rm: weight of a pair's squared sum of scores, e.g. 0.01 (arXiv:2312.09244)."}
+    )
     reward_model: str | None = field(
         default=None, metadata={"help": "ppo: result of --stage rm, a folder (a model, or an adapter)."}
     )

@@ -52,6 +52,7 @@ HOW_TO_CHOOSE = {
     FREEZE: "--finetuning_type freeze",
 }
 FLAGS_OF_STAGE = {
+    "rm": ("center_rewards_coefficient",),
     "dpo": ("pref_beta", "pref_loss", "pref_ftx", "dpo_label_smoothing"),
     "ppo": (
         "reward_model",
@@ -183,6 +184,10 @@ def _check_stage(settings: "Settings") -> None:
         )
     if given.get("do_predict") and stage != "sft":
         raise SettingsError(f"--do_predict writes answers, which --stage {stage} does not train; use it with sft")
+    if stage == "dpo":
+        from finetune_chatmodel_demo.training.stages.dpo_settings import check_dpo_settings
+
+        check_dpo_settings(settings)
     if stage == "ppo":
         from finetune_chatmodel_demo.training.stages.ppo_settings import check_ppo_settings
 

@@ -31,6 +31,7 @@ from finetune_chatmodel_demo.training.checkpoints import (
 from finetune_chatmodel_demo.training.checks import check_files, check_settings, has_gpu, trains
 from finetune_chatmodel_demo.training.run_logs import check_reporters
 from finetune_chatmodel_demo.training.schedulers import check_scheduler, read_options
+from finetune_chatmodel_demo.training.stages.dpo_settings import build_dpo_arguments
 from finetune_chatmodel_demo.training.text_scores import check_packages
 
 METHOD_TITLES = {
@@ -170,6 +171,10 @@ def _select(given: dict[str, object], arguments: type) -> dict[str, object]:
 
 def _training_arguments_class(stage: str) -> type[TrainingArguments]:
     """What the stage's trainer takes."""
+    if stage == "dpo":
+        from trl import DPOConfig
+
+        return DPOConfig
     return TrainingArguments
 
 
@@ -186,6 +191,7 @@ def _build_training_arguments(settings: Settings) -> TrainingArguments:
     if chosen.get(checkpointing) is None:
         chosen[checkpointing] = has_gpu(given) if wanted is None else wanted
     defaults = {
+        **(build_dpo_arguments(settings.stage) if settings.stage.stage == "dpo" else {}),
         "learning_rate": default_learning_rate(settings),
         "warmup_steps": _default_warmup(given),
         "logging_steps": 10,

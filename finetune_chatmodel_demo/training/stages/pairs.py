@@ -1,0 +1,159 @@
+"""What rm and dpo share: batches of pairs, and figures that are means over pairs in the log and in evaluation.
+
+Exercise it with `pytest tests/test_rm.py tests/test_dpo.py`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from finetune_chatmodel_demo.conversation.rendering import IGNORED_LABEL
+from finetune_chatmodel_demo.training.arguments import P_TUNING
+from finetune_chatmodel_demo.training.callbacks import StuckLossWarning
+from finetune_chatmodel_demo.training.run_trainer import RunTrainer
+from finetune_chatmodel_demo.training.settings import Settings, default_learning_rate
+
+# A loss of log 2 = 0.69 tells nothing apart; at 0.1 nine pairs of ten are far apart.
+LEARNED = 0.1
+
+
+@dataclass(frozen=True)
+class PairCollator:
+    """Puts B pairs into one batch of 2B rows, the B chosen ones first, each the prompt and a reply.
+
+    Padding is on the right, and there is no attention mask: causal attention never sees what is to the right.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, items: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        """Returns `input_ids` and `labels` (2B, T), the latter -100 but for the reply, and `lengths` (2B,)."""
+        pairs = [(item["prompt_ids"], item[key]) for key in ("chosen_ids", "rejected_ids") for item in items]
+        lengths = [len(prompt) + len(reply) for prompt, reply in pairs]
+        input_ids = torch.full((len(pairs), max(lengths)), self.pad_token_id)
+        labels = torch.full_like(input_ids, IGNORED_LABEL)
+        for row, (prompt, reply) in enumerate(pairs):
+            input_ids[row, : lengths[row]] = torch.tensor(prompt + reply)
+            labels[row, len(prompt) : lengths[row]] = torch.tensor(reply)
+        return {"input_ids": input_ids, "labels": labels, "lengths": torch.tensor(lengths)}
+
+
+class PairSums:
+    """Sums over pairs, by name, from which means are made."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+        self.count = 0
+
+    def add(self, figures: dict[str, torch.Tensor]) -> None:
+        """Adds figures (n,) of n pairs."""
+        for name, values in figures.items():
+            self.sums[name] = self.sums.get(name, 0) + values.detach().double().sum()
+            count = len(values)
+        self.count += count
+
+    def collect(self, names: Sequence[str], add_up: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """Returns the means over the pairs of all processes, and starts over; nothing where there was no pair.
+
+        Args:
+            names: of the figures; a process may have had no pair.
+            add_up: sums a tensor over processes.
+        """
+        sums = [torch.as_tensor(self.sums.get(name, 0.0), dtype=torch.float64) for name in names]
+        *totals, count = add_up(torch.stack([each.cpu() for each in [*sums, torch.tensor(float(self.count))]])).tolist()
+        self.sums, self.count = {}, 0
+        return {name: total / count for name, total in zip(names, totals)} if count else {}
+
+
+class PairTrainer(RunTrainer):
+    """Trains on rows of `prompt_ids`, `chosen_ids` and `rejected_ids`; evaluation counts every pair once.
+
+    Subclasses say in EVALUATED which figures `evaluate_pairs` gives, `loss` among them.
+    """
+
+    EVALUATED: Sequence[str] = ()
+    # A batch's loss is the mean over its pairs, whatever their lengths.
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Settings,
+        tokenizer: PreTrainedTokenizerBase,
+        train_rows: Any | None,
+        validation_rows: Any | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            model, settings, tokenizer, train_rows, validation_rows, kwargs: see `RunTrainer`.
+        """
+        self._evaluated, self._seen = PairSums(), set[int]()
+        usual = f"the default of this stage and method is {default_learning_rate(settings):g}"
+        super().__init__(
+            model,
+            settings,
+            tokenizer,
+            PairCollator(tokenizer.pad_token_id),
+            train_rows,
+            validation_rows,
+            callbacks=[StuckLossWarning(settings.method == P_TUNING, usual, LEARNED)],
+            **kwargs,
+        )
+        self.model_accepts_loss_kwargs = False  # what `loss_is_scaled_for_ga` says, before transformers 5.19
+
+    def evaluate_pairs(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Figures of validation pairs.
+
+        Args:
+            model: in evaluation mode.
+            batch: n pairs of this process, n at least 1, as `PairCollator` makes them.
+
+        Returns:
+            A tensor (n,) for each name of EVALUATED.
+        """
+        raise NotImplementedError
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """The mean loss of a batch; sums are kept for the means over all pairs."""
+        is_own = ~self._find_copies(inputs.pop("row_index").tolist())
+        inputs.pop("token_counts")
+        inputs = self._prepare_inputs(inputs)
+        if not is_own.any():
+            return torch.zeros((), device=self.args.device), None, None
+        is_own = is_own.repeat(2).to(self.args.device)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            figures = self.evaluate_pairs(model, {name: values[is_own] for name, values in inputs.items()})
+        self._evaluated.add(figures)
+        return figures["loss"].mean(), None, None
+
+    def _find_copies(self, rows: list[int]) -> torch.Tensor:
+        """(B,), True for rows that were added so that all processes have the same number of full batches."""
+        batches = [self._validation_positions[row] // self.args.eval_batch_size for row in rows]
+        is_own = [batch % self.args.world_size == self.args.process_index for batch in batches]
+        is_copy = [not own or row in self._seen for row, own in zip(rows, is_own)]
+        self._seen.update(rows)
+        return torch.tensor(is_copy)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluates; figures are means over all pairs, whatever the batch size and the number of processes."""
+        self._evaluated, self._seen = PairSums(), set()
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        for name, mean in self._evaluated.collect(self.EVALUATED, self._add_up).items():
+            output.metrics[f"{prefix}_{name}"] = mean
+        return output
+
+    def _add_up(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums a tensor over processes."""
+        return self.accelerator.reduce(values.float().to(self.args.device), reduction="sum").cpu().double()

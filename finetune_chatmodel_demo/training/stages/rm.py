@@ -1,0 +1,82 @@
+"""Reward models: a score for a text, from pairs of a better and a worse reply (Ouyang et al., 2022, arXiv:2203.02155).
+
+    python finetune_chatmodel_demo/finetune.py --stage rm --finetuning_type lora --dataset pokemon_preference \\
+        --eval_dataset pokemon_preference_validation --model_name_or_path THUDM/chatglm3-6b --output_dir output/rm
+
+The result is a ChatGLM3ForSequenceClassification with one label, or an adapter with its score head: `--reward_model` of
+--stage ppo. Exercise it with `pytest tests/test_rm.py`.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from finetune_chatmodel_demo.training.settings import Settings
+from finetune_chatmodel_demo.training.stages.pairs import PairSums, PairTrainer
+
+
+class RewardTrainer(PairTrainer):
+    """Trains a score so that of each pair the chosen reply has the higher one."""
+
+    EVALUATED = ("loss", "accuracy", "rewards/chosen", "rewards/rejected", "rewards/margins")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Settings,
+        tokenizer: PreTrainedTokenizerBase,
+        train_rows: Any | None,
+        validation_rows: Any | None = None,
+    ) -> None:
+        """Arguments: see `RunTrainer`; the model is a ChatGLM3ForSequenceClassification, maybe in PEFT's wrapper."""
+        self._trained = PairSums()
+        model.config.pad_token_id = tokenizer.pad_token_id  # the model takes the score at the last other token
+        super().__init__(model, settings, tokenizer, train_rows, validation_rows)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """The mean loss of a batch's pairs; their figures are kept for the log."""
+        figures = self.evaluate_pairs(model, inputs)
+        self._trained.add(figures)
+        return figures["loss"].mean()
+
+    def evaluate_pairs(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See `PairTrainer`."""
+        chosen, rejected = model(input_ids=batch["input_ids"], use_cache=False).logits[:, 0].float().chunk(2)
+        coefficient = self.settings.stage.center_rewards_coefficient
+        return {
+            "loss": pair_loss(chosen, rejected, coefficient),
+            "accuracy": (chosen > rejected).float(),
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
+        }
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means over the pairs since the last entry to every entry with a training loss."""
+        if "loss" in logs:
+            logs.update(self._trained.collect(self.EVALUATED[1:], self._add_up))
+        super().log(logs, start_time)
+
+
+def pair_loss(chosen: torch.Tensor, rejected: torch.Tensor, center_coefficient: float = 0.0) -> torch.Tensor:
+    """(B,), the negative log-probability that the chosen reply is the better one (Bradley and Terry).
+
+    Only differences of scores matter to it; a coefficient holds their sum near zero (arXiv:2312.09244).
+
+    Args:
+        chosen, rejected: scores (B,).
+        center_coefficient: weight of (chosen + rejected)².
+    """
+    loss = -F.logsigmoid(chosen - rejected)
+    if center_coefficient:
+        loss = loss + center_coefficient * (chosen + rejected) ** 2
+    return loss
