@@ -442,12 +442,12 @@ def test_dataset_items_lengths_report_and_places(tmp_path):
         dataset[3]
     supervised = sum(label != -100 for row in range(3) for label in dataset[row]["labels"])
     assert vars(dataset.report) == {
-        "path": str(path), "rows_read": 5, "rows_bad": 1, "rows_kept": 3, "rows_dropped_masked": 2,
-        "rows_dropped_long": 0, "rows_cut": 2, "rows_cut_inside": 1, "turns_kept": 6, "turns_dropped": 2,
+        "path": str(path), "rows_read": 5, "rows_bad": 1, "rows_kept": 3, "rows_dropped_masked": 1,
+        "rows_dropped_long": 1, "rows_cut": 2, "rows_cut_inside": 1, "turns_kept": 6, "turns_dropped": 2,
         "tokens_total": 61, "tokens_supervised": supervised,
     }  # fmt: skip
     assert str(dataset.report) == (
-        f"{path}: 3 rows of 6 records (1 bad, 2 dropped without a target; 2 rows cut, 1 of them inside a turn, "
+        f"{path}: 3 rows of 6 records (1 bad, 1 dropped without a target, 1 too long; 2 rows cut, 1 of them inside a turn, "
         f"2 turns left out); 61 tokens, {supervised / 61:.1%} supervised"
     )
 

@@ -24,7 +24,8 @@ class Row:
     Attributes:
         parts: Its sequences of token ids; PARTS says how many.
         labels: As many as all ids together: the id where the loss counts, else -100.
-        problem: Why there is no such row: "masked" (no target), "long" (does not fit); None where all is well.
+        problem: Why there is no such row: "masked" (no target), "long" (no reply, or not even the newest question,
+            fits into the length limit); None where all is well.
         is_cut_inside: A length limit cut a turn, a prompt or a response in the middle.
         turns_kept: Turns in the row (0 for text and input-output).
         turns_dropped: Whole turns that a length limit left out.
@@ -55,22 +56,27 @@ class RowSettings:
         if self.stage == "pt":
             return render_document(tokenizer, record)
         if self.stage == "sft":
-            return _supervised_row(self._render_supervised(tokenizer, record))
+            return self._supervised_row(tokenizer, record)
         if self.stage == "ppo":
             return _prompted_row(render_ppo_prompt(tokenizer, record, self.template, self.max_seq_length), False)
         return _prompted_row(render_pair(tokenizer, record, self.template, self.max_seq_length), True)
 
-    def _render_supervised(self, tokenizer: ChatTokenizer, record: dict[str, Any]) -> Rendering:
+    def _supervised_row(self, tokenizer: ChatTokenizer, record: dict[str, Any]) -> Row:
         if self.train_format == "multi-turn":
-            rendering = render_conversation(tokenizer, record, self.template)
-            return truncate(rendering, self.max_seq_length, self.truncation_strategy)
-        return render_input_output(
-            tokenizer,
-            record,
-            self.max_source_length,
-            self.max_target_length,
-            ends_cut_response=self.truncation_strategy == "official",
-        )
+            whole = render_conversation(tokenizer, record, self.template)
+            row = truncate(whole, self.max_seq_length, self.truncation_strategy)
+        else:
+            whole = row = render_input_output(
+                tokenizer,
+                record,
+                self.max_source_length,
+                self.max_target_length,
+                ends_cut_response=self.truncation_strategy == "official",
+            )
+        problem = None
+        if not has_target(row):
+            problem = "long" if has_target(whole) else "masked"
+        return Row([row.input_ids], row.labels, problem, row.is_cut, len(row.turn_starts), row.turns_dropped)
 
 
 def render_document(tokenizer: ChatTokenizer, record: dict[str, Any]) -> Row:
@@ -82,16 +88,9 @@ def render_document(tokenizer: ChatTokenizer, record: dict[str, Any]) -> Row:
     return Row([ids], ids)
 
 
-def _supervised_row(rendering: Rendering) -> Row:
-    is_masked = all(label == IGNORED_LABEL for label in rendering.labels)
-    return Row(
-        [rendering.input_ids],
-        rendering.labels,
-        "masked" if is_masked else None,
-        rendering.is_cut,
-        len(rendering.turn_starts),
-        rendering.turns_dropped,
-    )
+def has_target(rendering: Rendering) -> bool:
+    """Whether the loss counts anywhere."""
+    return any(label != IGNORED_LABEL for label in rendering.labels)
 
 
 def _prompted_row(found: PromptedReplies, is_trained_on: bool) -> Row:

@@ -33,8 +33,9 @@ class DatasetReport:
         rows_read: Valid records.
         rows_bad: Bad records that were skipped.
         rows_kept: Rows of the dataset.
-        rows_dropped_masked: Records without a target, or with none within the length limit.
-        rows_dropped_long: Records whose newest question and replies do not fit into the length limit together.
+        rows_dropped_masked: Records without a target.
+        rows_dropped_long: Records of which the length limit leaves no target, or whose newest question does not fit
+            into it together with the replies.
         rows_cut: Kept rows that lack something because of a length limit.
         rows_cut_inside: Those of them that end inside a turn, or hold a cut prompt or response.
         turns_kept: Turns in the kept rows (0 for input-output).

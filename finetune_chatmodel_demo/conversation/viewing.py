@@ -30,7 +30,8 @@ def summarize(dataset: ConversationDataset) -> dict[str, str]:
     lengths = [f"p{share} {int(length):,}" for share, length in zip(LENGTH_PERCENTILES, percentiles)]
     return {
         "rows": f"{report.rows_kept:,} of {report.rows_read + report.rows_bad:,} records",
-        "dropped": f"{report.rows_bad:,} bad records, {report.rows_dropped_masked:,} without a target",
+        "dropped": f"{report.rows_bad:,} bad records, {report.rows_dropped_masked:,} without a target, "
+        f"{report.rows_dropped_long:,} too long",
         "turns": f"{report.turns_kept:,} ({report.turns_kept / report.rows_kept:.1f} a row)",
         "tokens": f"{report.tokens_total:,} ({report.tokens_total / report.rows_kept:.1f} a row)",
         "supervised": f"{report.tokens_supervised:,} tokens ({report.tokens_supervised / report.tokens_total:.1%})",
