@@ -9,8 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from finetune_chatmodel_demo.conversation.collating import PackCollator, PadCollator
 from finetune_chatmodel_demo.conversation.grouping import GroupedRows
 from finetune_chatmodel_demo.conversation.rendering import IGNORED_LABEL
-from finetune_chatmodel_demo.training.arguments import P_TUNING
-from finetune_chatmodel_demo.training.callbacks import StuckLossWarning
+from finetune_chatmodel_demo.training.diagnosis import LearningWatch
 from finetune_chatmodel_demo.training.run_trainer import RunTrainer
 from finetune_chatmodel_demo.training.settings import Settings
 
@@ -42,6 +41,7 @@ class ChatTrainer(RunTrainer):
     ) -> None:
         """Arguments: see `RunTrainer`."""
         self._validation, self._validated = torch.zeros(2, dtype=torch.float64), set[int]()
+        report = getattr(train_rows, "report", None)
         if settings.data.packing and train_rows is not None:
             train_rows = GroupedRows(train_rows, settings.data.max_seq_length, settings.training.seed)
         super().__init__(
@@ -51,7 +51,7 @@ class ChatTrainer(RunTrainer):
             _Collator(tokenizer.pad_token_id),
             train_rows,
             validation_rows,
-            callbacks=[StuckLossWarning(settings.method == P_TUNING)],
+            callbacks=[LearningWatch(settings, report)],
         )
 
     def prediction_step(
