@@ -20,6 +20,7 @@ from finetune_chatmodel_demo.chatglm3.attention import PREFIX_ATTENTION, Prefix,
 from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
 from finetune_chatmodel_demo.chatglm3.packing import Packing
 from finetune_chatmodel_demo.chatglm3.prefix import PREFIX_INIT_STD, PrefixEmbedding, PrefixEncoder
+from finetune_chatmodel_demo.chatglm3.recomputing import ChatGLM3MLP, recompute_mlp
 
 IGNORED_LABEL = -100
 # Supervised positions whose logits exist at one time: 1,024 × 65,024 × 4 bytes = 254 MiB.
@@ -48,7 +49,9 @@ class ChatGLM3PreTrainedModel(GlmPreTrainedModel):
         """Every way of switching checkpointing on ends here; with re-entry the prefix would get no gradients."""
         if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
             raise ValueError("use_reentrant=True loses the prefix's gradients; leave it out or set it to False.")
-        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+        recompute_mlp(self, enable and self.base_model.recomputes_mlp_only)
+        if not (enable and self.base_model.recomputes_mlp_only):
+            super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, state_dict: dict | None = None, **kwargs: Any) -> None:
         """Writes the official layout, with the rotary frequencies that the original code keeps among the weights."""
@@ -64,8 +67,12 @@ class ChatGLM3PreTrainedModel(GlmPreTrainedModel):
 class ChatGLM3Model(ChatGLM3PreTrainedModel, GlmModel):
     """The transformer without a head."""
 
+    recomputes_mlp_only = False  # see `recomputing.set_policy`
+
     def __init__(self, config: ChatGLM3Config) -> None:
         super().__init__(config)
+        for layer in self.layers:
+            layer.mlp.__class__ = ChatGLM3MLP  # the same modules; transformers builds a layer's parts itself
         config._attn_implementation = PREFIX_ATTENTION.get(config._attn_implementation, config._attn_implementation)
         self.prefix_encoder: PrefixEncoder | None = None
         self.prefix_enabled = True

@@ -26,6 +26,8 @@ from finetune_chatmodel_demo.training.foreign_flags import RENAMED, REPLACED, WI
 from finetune_chatmodel_demo.training.pasted import repair_arguments, repair_values
 
 FOREIGN_FLAGS = {*RENAMED, *WITHOUT_EFFECT, *REPLACED}
+# transformers 5.23 renamed the first to the second.
+CHECKPOINTING_FLAGS = ("gradient_checkpointing", "activation_checkpointing")
 CONFIG_FILE_ENDINGS = (".json", ".yaml", ".yml")
 # Title in --help → the flags below it.
 OWN_ARGUMENTS = {
@@ -50,7 +52,8 @@ the flags of transformers' TrainingArguments that are used most (--help_all list
                                      with --validation_file (default: at each checkpoint)
   --resume_from_checkpoint True|DIR  True: the newest whole checkpoint in --output_dir
   --bf16 / --fp16                    default: bf16 where the hardware has it, float32 on a CPU
-  --gradient_checkpointing BOOL      default: on where there is a GPU
+  --gradient_checkpointing none|mlp|full
+                                     activations that are computed twice to save memory; default: full on a GPU
   --train_sampling_strategy NAME     default: group_by_length
   --deepspeed FILE                   e.g. finetune_chatmodel_demo/configs/ds_zero2.json (all parameters)
   --seed N"""
@@ -112,7 +115,17 @@ def build_parser() -> argparse.ArgumentParser:
     for action in parser._actions:
         action.default = argparse.SUPPRESS
         action.required = False
+        if action.dest in CHECKPOINTING_FLAGS:
+            action.type, action.metavar = read_checkpointing, "none|mlp|full"
     return parser
+
+
+def read_checkpointing(value: str) -> bool | str:
+    """--gradient_checkpointing: transformers' True and False, or a policy; "mlp" stays a word."""
+    from transformers.hf_argparser import string_to_bool
+
+    named = {"none": False, "full": True, "mlp": "mlp"}
+    return named[value] if value in named else string_to_bool(value)
 
 
 def _names(action: argparse.Action) -> list[str]:

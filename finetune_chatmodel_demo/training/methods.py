@@ -22,6 +22,7 @@ from finetune_chatmodel_demo.chatglm3.adapters import add_adapter, load_adapter,
 from finetune_chatmodel_demo.chatglm3.checkpoints import load_prefix, read_prefix_config, save_prefix
 from finetune_chatmodel_demo.chatglm3.loading import load_model, load_tokenizer
 from finetune_chatmodel_demo.chatglm3.prefix_start import encode_start, start_prefix_as
+from finetune_chatmodel_demo.chatglm3.recomputing import set_policy
 from finetune_chatmodel_demo.training.arguments import FREEZE, FULL, LORA, P_TUNING, SettingsError
 from finetune_chatmodel_demo.training.settings import Settings
 
@@ -58,6 +59,8 @@ def prepare_model(settings: Settings) -> nn.Module:
             _freeze(model, settings)
     except (ValueError, OSError) as error:
         raise SettingsError(str(error)) from error
+    if settings.recomputes_mlp_only:
+        set_policy(model, "mlp")
     if not settings.training.deepspeed:
         _train_in_float32(model)
     if settings.method == FREEZE and settings.checkpoint:

@@ -39,7 +39,7 @@ def describe_start(settings: Settings, trainer: "RunTrainer") -> str:
         "steps": f"{steps} of {effective} rows" + ("" if is_streamed else _count_epochs(steps * effective, trainer)),
         "precision": settings.precision
         + (f", base in {bits} bits" if (bits := settings.model.quantization_bit) else ""),
-        "device": f"{args.device}, gradient checkpointing {'on' if uses_checkpointing(args) else 'off'}",
+        "device": f"{args.device}, gradient checkpointing {_describe_checkpointing(settings)}",
         "output": f"{args.output_dir}, a checkpoint every {args.save_steps:g} {_name(args.save_strategy)}",
         "resumed from": str(settings.checkpoint) if settings.checkpoint else "nothing, a new run",
     }
@@ -63,6 +63,12 @@ def count_steps(trainer: "RunTrainer") -> int:
 def uses_checkpointing(args: Any) -> bool:
     """Whether activations are recomputed; transformers 5.23 renamed the setting."""
     return bool(getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing)
+
+
+def _describe_checkpointing(settings: Settings) -> str:
+    if not uses_checkpointing(settings.training):
+        return "off"
+    return "of MLPs" if settings.recomputes_mlp_only else "on"
 
 
 def sanity_check(tokenizer: Any, row: dict[str, Sequence[int]]) -> str:

@@ -105,6 +105,11 @@ class Settings:
         return bool(is_named or not self.does_train)
 
     @property
+    def recomputes_mlp_only(self) -> bool:
+        """Whether the policy of gradient checkpointing is "mlp"."""
+        return "mlp" in (self.given.get("gradient_checkpointing"), self.given.get("activation_checkpointing"))
+
+    @property
     def precision(self) -> str:
         """bfloat16, float16 or float32: what the model computes in."""
         return "bfloat16" if self.training.bf16 else "float16" if self.training.fp16 else "float32"
@@ -188,8 +193,8 @@ def _build_training_arguments(settings: Settings) -> TrainingArguments:
     # transformers 5.23 renamed the flag; both names work, and the old one warns.
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
     wanted = chosen.pop("gradient_checkpointing", None)
-    if chosen.get(checkpointing) is None:
-        chosen[checkpointing] = has_gpu(given) if wanted is None else wanted
+    wanted = chosen.get(checkpointing) if wanted is None else wanted
+    chosen[checkpointing] = has_gpu(given) if wanted is None else bool(wanted)
     defaults = {
         **(build_dpo_arguments(settings.stage) if settings.stage.stage == "dpo" else {}),
         "learning_rate": default_learning_rate(settings),
