@@ -1,16 +1,23 @@
 """What a run leaves behind: trainer_log.jsonl, *_results.json, the curves, and its learning rates."""
 
+import gc
 import json
 import math
+import shutil
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from training_helpers import flags, losses, make_model, read_log, train, write_conversations
 
+from finetune_chatmodel_demo import finetune
 from finetune_chatmodel_demo.training import plots, run_logs
+from finetune_chatmodel_demo.training.command_line import parse_given
 from finetune_chatmodel_demo.training.plots import CHARTS, draw_chart, plot_curves, smooth
 from finetune_chatmodel_demo.training.run_logs import TrainerLog, TrainerLogCallback, save_results
+from finetune_chatmodel_demo.training.settings import decide_settings
 
 CHART = {chart.file: chart for chart in CHARTS}
 
@@ -288,3 +295,296 @@ def test_without_matplotlib_a_run_goes_on_and_says_so(tmp_path, monkeypatch, cap
     monkeypatch.setattr(plots, "draw_chart", draw)
     assert plot_curves(HISTORY, tmp_path) == []
     assert "matplotlib is not installed" in caplog.text
+
+
+# Whole runs
+
+RESULT_KEYS = {
+    "train": {
+        "epoch",
+        "total_flos",
+        "train_loss",
+        "train_runtime",
+        "train_samples_per_second",
+        "train_steps_per_second",
+    },
+    "eval": {
+        "epoch",
+        "eval_loss",
+        "eval_perplexity",
+        "eval_runtime",
+        "eval_samples_per_second",
+        "eval_steps_per_second",
+    },
+}
+PICTURES = {"training_loss.png", "training_eval_loss.png"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.freeze()  # every run collects garbage, half a second with all of transformers loaded
+    yield
+    gc.unfreeze()
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, tiny_folder) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"), tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_conversations(tmp_path_factory.mktemp("data") / "train.jsonl")
+
+
+@pytest.fixture(scope="module")
+def validation(tmp_path_factory) -> Path:
+    return write_conversations(tmp_path_factory.mktemp("data") / "validation.jsonl", rows=5, seed=1)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, model, data, validation) -> Path:
+    """Eight steps of a prefix, validated and saved at the fourth and the eighth."""
+    output = tmp_path_factory.mktemp("run") / "o"
+    options = {"pre_seq_len": 4, "max_steps": 8, "save_steps": 4, "validation_file": validation}
+    assert train(model, data, output, **options) == 0
+    return output
+
+
+def read_results(folder: Path, split: str) -> dict:
+    return json.loads((folder / f"{split}_results.json").read_text())
+
+
+def test_a_run_logs_each_step_while_it_goes(run):
+    lines, log = read_lines(run), read_log(run)
+    entries = [entry for entry in log if "loss" in entry]
+    training = [line for line in lines if "loss" in line]
+    assert [line["current_steps"] for line in training] == list(range(1, 9))
+    assert [line["loss"] for line in training] == [entry["loss"] for entry in entries]
+    assert [line["lr"] for line in training] == [entry["learning_rate"] for entry in entries]
+    assert [line["throughput"] for line in training] == [entry["tokens_per_second"] for entry in entries]
+    assert [line["percentage"] for line in training] == [12.5 * step for step in range(1, 9)]
+    validated = [(line["current_steps"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    assert validated == [(entry["step"], entry["eval_loss"]) for entry in log if "eval_loss" in entry]
+    assert [step for step, _ in validated] == [4, 8]
+    assert {line["total_steps"] for line in lines} == {8}
+
+
+def test_a_run_leaves_its_results(run):
+    log = read_log(run)
+    train_results, eval_results = read_results(run, "train"), read_results(run, "eval")
+    assert train_results.keys() == RESULT_KEYS["train"]
+    assert eval_results.keys() >= RESULT_KEYS["eval"]
+    mean = sum(entry["loss"] for entry in log if "loss" in entry) / 8
+    assert train_results["train_loss"] == pytest.approx(mean, rel=1e-6)
+    assert eval_results["eval_loss"] == [entry["eval_loss"] for entry in log if "eval_loss" in entry][-1]
+    assert eval_results["eval_perplexity"] == pytest.approx(math.exp(eval_results["eval_loss"]))
+    assert read_results(run, "all") == {**train_results, **eval_results}
+    assert {path.name for path in run.glob("*.png")} == PICTURES
+
+
+def test_a_run_that_goes_on_logs_every_step_once(run, model, data, validation, tmp_path):
+    output = tmp_path / "o"
+    shutil.copytree(run, output)
+    shutil.rmtree(output / "checkpoint-8")
+    before = read_lines(run)
+    assert len([line for line in before if line["current_steps"] > 4]) == 6
+    options = {"pre_seq_len": 4, "max_steps": 8, "save_steps": 4, "validation_file": validation}
+    assert train(model, data, output, resume_from_checkpoint=True, **options) == 0
+    lines = read_lines(output)
+    volatile = {"elapsed_time", "remaining_time", "throughput"}
+
+    def steady(all_lines: list[dict]) -> list[dict]:
+        return [{key: value for key, value in line.items() if key not in volatile} for line in all_lines]
+
+    assert steady(lines) == steady(before)
+    assert lines[:5] == before[:5]
+    whole, resumed = read_results(run, "train"), read_results(output, "train")
+    assert resumed["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-6)
+    assert resumed["train_steps_per_second"] == pytest.approx(4 / resumed["train_runtime"], rel=0.02)
+    assert resumed["train_samples_per_second"] == pytest.approx(8 / resumed["train_runtime"], rel=0.02)
+    assert read_results(output, "eval")["eval_loss"] == read_results(run, "eval")["eval_loss"]
+
+
+def test_a_finished_run_that_is_started_again_keeps_its_log_and_results(run, model, data, validation, tmp_path):
+    output = tmp_path / "o"
+    shutil.copytree(run, output)
+    options = {"pre_seq_len": 4, "max_steps": 8, "save_steps": 4, "validation_file": validation}
+    assert train(model, data, output, resume_from_checkpoint=True, **options) == 0
+    assert read_lines(output) == read_lines(run)
+    assert read_results(output, "all") == read_results(run, "all")
+
+
+def test_a_new_run_in_the_same_folder_forgets_the_old_one(run, model, data, tmp_path):
+    output = tmp_path / "o"
+    shutil.copytree(run, output)
+    options = {"pre_seq_len": 4, "max_steps": 2, "overwrite_output_dir": True}
+    assert train(model, data, output, plot_loss=False, **options) == 0
+    assert [line["current_steps"] for line in read_lines(output)] == [1, 2, 2]
+    assert read_results(output, "all").keys() == RESULT_KEYS["train"]
+
+
+def test_curves_can_be_turned_off(model, data, tmp_path):
+    assert train(model, data, tmp_path / "o", pre_seq_len=4, max_steps=1, plot_loss=False) == 0
+    assert list((tmp_path / "o").glob("*.png")) == []
+    assert (tmp_path / "o" / "trainer_log.jsonl").is_file()
+
+
+def test_do_eval_alone_trains_nothing(run, model, validation, tmp_path):
+    output = tmp_path / "o"
+    argv = flags(model, validation, output, ptuning_checkpoint=run, do_eval=True, max_steps=None, train_file=None)
+    assert finetune.main([*argv, "--validation_file", str(validation)]) == 0
+    assert {path.name for path in output.iterdir()} == {"settings.json", "eval_results.json", "all_results.json"}
+    assert read_results(output, "eval")["eval_loss"] == pytest.approx(read_results(run, "eval")["eval_loss"], rel=1e-5)
+
+
+def test_results_describe_the_best_model_where_that_is_kept(model, data, validation, tmp_path):
+    output = tmp_path / "o"
+    options = {"pre_seq_len": 4, "save_steps": 1, "eval_steps": 1, "max_steps": 3, "learning_rate": 2.0}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "validation_file": validation}
+    assert train(model, data, output, plot_loss=False, **options) == 0
+    best = min(entry["eval_loss"] for entry in read_log(output) if "eval_loss" in entry)
+    assert read_results(output, "eval")["eval_loss"] == pytest.approx(best, rel=1e-5)
+
+
+def test_a_reporter_without_its_package_is_refused_before_loading(model, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run_logs.importlib.util, "find_spec", lambda _: None)
+    assert train(model, data, tmp_path / "o", report_to="tensorboard") == 1
+    assert "--report_to tensorboard needs the package tensorboard: pip install" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+def test_noise_on_embeddings_changes_the_training_alone(model, data, tmp_path):
+    """--neftune_noise_alpha, a flag of transformers that LLaMA-Factory's users know."""
+    options = {"pre_seq_len": 4, "max_steps": 3, "plot_loss": False}
+    for name, alpha in (("plain", None), ("noisy", 5.0)):
+        assert train(model, data, tmp_path / name, neftune_noise_alpha=alpha, **options) == 0
+    plain, noisy = (losses(tmp_path / name) for name in ("plain", "noisy"))
+    assert all(a != b for a, b in zip(plain, noisy)) and plain == pytest.approx(noisy, rel=0.2)
+
+
+# Learning rates
+
+STEPS, WARMUP, RATE = 12, 3, 1e-2
+WARMING = [step / WARMUP for step in range(WARMUP)]
+PROGRESS = [step / (STEPS - WARMUP) for step in range(STEPS - WARMUP)]  # after the warm-up, 0 to 1
+# Name → its options, and the learning rate of each step as a share of RATE.
+CURVES = {
+    "linear": ({}, WARMING + [1 - p for p in PROGRESS]),
+    "cosine": ({}, WARMING + [(1 + math.cos(math.pi * p)) / 2 for p in PROGRESS]),
+    "cosine_with_restarts": ({"num_cycles": 3}, WARMING + [1, 0.75, 0.25] * 3),
+    "polynomial": ({"power": 2, "lr_end": 1e-3}, WARMING + [0.1 + 0.9 * (1 - p) ** 2 for p in PROGRESS]),
+    "constant": ({}, [1] * STEPS),
+    "constant_with_warmup": ({}, WARMING + [1] * (STEPS - WARMUP)),
+    "inverse_sqrt": ({}, WARMING + [math.sqrt(WARMUP / step) for step in range(WARMUP, STEPS)]),
+    "reduce_lr_on_plateau": ({"factor": 0.5, "patience": 0, "threshold": 0.02}, None),
+}
+
+
+@pytest.fixture
+def rates(monkeypatch) -> list[float]:
+    """The optimizer's learning rate at the start of each step."""
+    seen: list[float] = []
+    monkeypatch.setattr(
+        run_logs.TrainerLogCallback,
+        "on_step_begin",
+        lambda self, args, state, control, optimizer=None, **_: seen.append(optimizer.param_groups[0]["lr"]),
+    )
+    return seen
+
+
+def follow_plateau(validation_losses: list[float], factor: float, threshold: float, every: int) -> list[float]:
+    """Halved after each validation whose loss is not below the best by the threshold."""
+    best, rate, result = math.inf, 1.0, []
+    for loss in validation_losses:
+        result += [rate] * every
+        if loss < best * (1 - threshold):
+            best = loss
+        else:
+            rate *= factor
+    return result
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_learning_rates_follow_their_formula_and_go_on_after_a_resume(
+    name, model, data, validation, tmp_path, rates, monkeypatch
+):
+    options, expected = CURVES[name]
+    flags_of_run = {
+        "pre_seq_len": 4,
+        "learning_rate": RATE,
+        "max_steps": STEPS,
+        "warmup_steps": WARMUP,
+        "lr_scheduler_type": name,
+        "lr_scheduler_kwargs": json.dumps(options) if options else None,
+        "save_steps": 6,
+        "plot_loss": False,
+    }
+    if name == "reduce_lr_on_plateau":
+        flags_of_run |= {"validation_file": validation, "eval_steps": 2, "learning_rate": 1.0, "warmup_steps": None}
+    assert train(model, data, tmp_path / "whole", **flags_of_run) == 0
+    whole = rates.copy()
+    if expected is None:
+        seen = [entry["eval_loss"] for entry in read_log(tmp_path / "whole") if "eval_loss" in entry]
+        expected = follow_plateau(seen, options["factor"], options["threshold"], every=2)
+        assert 0.5 in expected
+    assert whole == pytest.approx([flags_of_run["learning_rate"] * share for share in expected], rel=1e-9)
+    rates.clear()
+    checkpoint = tmp_path / "whole" / "checkpoint-6"
+    assert train(model, data, tmp_path / "resumed", resume_from_checkpoint=checkpoint, **flags_of_run) == 0
+    assert rates == whole[6:]
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr_scheduler_type": "cosin"}, "did you mean cosine?"),
+        (
+            {"lr_scheduler_type": "reduce_lr_on_plateau"},
+            "reduce_lr_on_plateau follows the validation loss, and there is no validation data: give "
+            "--validation_file, --eval_dataset or --val_size",
+        ),
+        (
+            {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": '{"num_cycle": 3}'},
+            "cosine_with_restarts has no option 'num_cycle'; did you mean 'num_cycles'?",
+        ),
+        (
+            {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": '{"power": 3}'},
+            "constant has no option 'power'; it takes none",
+        ),
+        ({"lr_scheduler_kwargs": "num_cycles=3"}, "--lr_scheduler_kwargs num_cycles=3 is no JSON object"),
+        (
+            {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": '{"lr_end": 1.0}'},
+            "must be smaller than initial lr",
+        ),
+        (
+            {"lr_scheduler_type": "cosine_with_min_lr"},
+            "One of min_lr or min_lr_rate should be set",
+        ),
+    ],
+)
+def test_schedules_that_cannot_be_are_refused_before_loading(model, data, tmp_path, options, message, capsys):
+    assert train(model, data, tmp_path / "o", pre_seq_len=4, **options) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "notice"),
+    [
+        ({"lr_scheduler_type": "cosine_with_restarts"}, "which is cosine without a restart"),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 2}, "constant has no warm-up: --warmup_steps is not used"),
+        ({"lr_scheduler_type": "inverse_sqrt", "warmup_steps": 0}, "without one it hardly falls"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau", "val_size": 4}, "waits for 10 validations without progress"),
+        ({"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": "{num_cycles: 3}"}, None),
+        ({"lr_scheduler_type": "cosine", "warmup_steps": 2}, None),
+    ],
+)
+def test_surprises_of_a_schedule_are_told(model, data, tmp_path, options, notice):
+    settings = decide_settings(*parse_given(flags(model, data, tmp_path / "o", pre_seq_len=4, **options)))
+    assert [True for text in settings.notices if notice and notice in text] == [True] * bool(notice)
+    assert len(settings.notices) == bool(notice)

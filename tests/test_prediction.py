@@ -1,5 +1,6 @@
 """--do_predict: which reply is asked for, the answers, and their scores against figures computed by hand."""
 
+import gc
 import importlib.util
 import json
 import logging
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from training_helpers import make_model, write_conversations
+from training_helpers import flags, make_model, read_log, train, write_conversations
 
 from finetune_chatmodel_demo.chatglm3 import load_model
 from finetune_chatmodel_demo.conversation.arguments import DataArguments
@@ -32,7 +33,9 @@ needs_packages = pytest.mark.skipif(not has_packages, reason="jieba, nltk or rou
 def one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    gc.freeze()  # every run collects garbage, half a second with all of transformers loaded
     yield
+    gc.unfreeze()
     torch.set_num_threads(before)
 
 
@@ -245,3 +248,109 @@ def test_answers_stay_inside_the_models_context(tokenizer, caplog):
     assert "answers have at most 8 tokens" in caplog.text
     with pytest.raises(SettingsError, match="does not fit"):
         choose_answer_length(small, [SimpleNamespace(prompt_ids=[1] * 20)], make_settings(512, given=()))
+
+
+# Whole runs
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory, tiny_folder) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"), tiny_folder)
+
+
+METHODS = {
+    "ptuning": ({"pre_seq_len": 4}, "ptuning_checkpoint"),
+    "lora": ({"finetuning_type": "lora", "learning_rate": 1e-2}, "adapter_name_or_path"),
+    "freeze": ({"finetuning_type": "freeze", "freeze_trainable_layers": 1}, "model_name_or_path"),
+    "full": ({"finetuning_type": "full"}, "model_name_or_path"),
+}
+
+
+@needs_packages
+@pytest.mark.parametrize("method", METHODS)
+def test_predictions_after_training_and_alone_are_the_same(method, model_folder, data, tmp_path, tokenizer):
+    options, flag = METHODS[method]
+    options |= {"max_new_tokens": 6, "validation_file": data, "plot_loss": False, "do_predict": True}
+    both, alone = tmp_path / "both", tmp_path / "alone"
+    assert train(model_folder, data, both, max_steps=3, do_train=True, **options) == 0
+    assert read_log(both)[-1]["step"] == 3
+    options = {name: value for name, value in options.items() if name in ("finetuning_type", "max_new_tokens")}
+    options |= {"do_predict": True, "validation_file": data, "train_file": None, "max_steps": None, flag: both}
+    assert train(model_folder, data, alone, **options) == 0
+    names = {"settings.json", "generated_predictions.jsonl", "predict_results.json", "all_results.json"}
+    assert {path.name for path in alone.iterdir()} == names  # nothing was trained
+    assert read_predictions(alone) == read_predictions(both)
+    assert json.loads((alone / "all_results.json").read_text()).keys() == {
+        *(f"predict_{name}" for name in text_scores.SCORES),
+        "predict_runtime",
+        "predict_samples_per_second",
+    }
+    results = json.loads((both / "all_results.json").read_text())
+    assert {"train_loss", "eval_loss", "predict_bleu-4"} <= results.keys()
+
+
+@needs_packages
+def test_prompts_and_responses_are_predicted_in_their_own_format(model_folder, tmp_path, tokenizer):
+    pairs = [{"prompt": f"宝可梦{i}", "response": "草属性" * (i % 3 + 1)} for i in range(4)]
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps(pairs, ensure_ascii=False), encoding="utf-8")
+    options = {"train_format": "input-output", "validation_file": path, "do_predict": True, "max_new_tokens": 4}
+    assert train(model_folder, path, tmp_path / "o", train_file=None, max_steps=None, **options) == 0
+    lines = read_predictions(tmp_path / "o")
+    assert [line["label"] for line in lines] == [pair["response"] for pair in pairs]
+    questions = [[{"role": "user", "content": pair["prompt"]}] for pair in pairs]
+    prompts = [render_prompt(tokenizer, question, prompt_format="input-output") for question in questions]
+    assert [line["prompt"] for line in lines] == [tokenizer.decode(prompt) for prompt in prompts]
+
+
+@needs_packages
+@pytest.mark.parametrize("template", ["default", "raw"])
+def test_templates_of_base_models_are_predicted(model_folder, data, tmp_path, template, tokenizer):
+    options = {"template": template, "validation_file": data, "do_predict": True, "max_new_tokens": 4}
+    assert train(model_folder, data, tmp_path / "o", train_file=None, max_steps=None, **options) == 0
+    lines, records = read_predictions(tmp_path / "o"), list(read_records(data))
+    assert [line["label"] for line in lines] == [record["conversations"][-1]["content"] for record in records]
+    for line, record in zip(lines, records):
+        prompt = render_prompt(tokenizer, record["conversations"][:-1], prompt_format=template)
+        assert line["prompt"] == tokenizer.decode(prompt)
+
+
+@needs_packages
+def test_rows_held_out_of_the_training_data_are_predicted(model_folder, data, tmp_path):
+    options = {"pre_seq_len": 4, "val_size": 2, "do_predict": True, "do_train": True, "max_new_tokens": 2}
+    assert train(model_folder, data, tmp_path / "o", max_steps=1, plot_loss=False, **options) == 0
+    assert len(read_predictions(tmp_path / "o")) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"validation_file": None}, "--do_predict answers the validation data, and there is none"),
+        ({"stage": "dpo", "pre_seq_len": 4}, "--do_predict writes answers, which --stage dpo does not train"),
+    ],
+)
+def test_predictions_that_cannot_be_are_refused_before_loading(model_folder, data, tmp_path, options, message, capsys):
+    options = {"do_predict": True, "do_train": True, "validation_file": data, **options}
+    assert train(model_folder, data, tmp_path / "o", **options) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_missing_package_stops_the_run_before_loading(model_folder, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(text_scores, "PACKAGES", {"no_such_module": "no-such-package"})
+    assert train(model_folder, data, tmp_path / "o", do_predict=True, validation_file=data) == 1
+    assert "pip install no-such-package" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.slow
+@needs_packages
+def test_two_processes_share_the_rows(model_folder, data, tmp_path):
+    options = {"do_predict": True, "validation_file": data, "max_new_tokens": 6, "train_file": None, "max_steps": None}
+    assert train(model_folder, data, tmp_path / "one", **options) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["finetune_chatmodel_demo/finetune.py"]
+    command += flags(model_folder, data, tmp_path / "two", **options)
+    run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert read_predictions(tmp_path / "two") == read_predictions(tmp_path / "one")
