@@ -32,6 +32,7 @@ class Summary:
     rows_filtered: int = 0
     rows_too_empty: int = 0
     rows_bad: int = 0
+    rows_held_out: int = 0
     conversations: Counter[str] = field(default_factory=Counter)
     turns: Counter[str] = field(default_factory=Counter)
 
@@ -42,10 +43,12 @@ class Summary:
 
     @property
     def rows_kept(self) -> int:
-        return self.rows_read - self.rows_filtered - self.rows_too_empty
+        return self.rows_read - self.rows_filtered - self.rows_too_empty - self.rows_held_out
 
     def __str__(self) -> str:
         left_out = f"filtered by `where`: {self.rows_filtered}, too few filled cells: {self.rows_too_empty}"
+        if self.rows_held_out:
+            left_out += f", held out: {self.rows_held_out}"
         lines = [f"rows read: {self.rows_read}, kept: {self.rows_kept}, {left_out}, bad: {self.rows_bad}"]
         for split, count in self.conversations.items():
             lines.append(f"{split}: {count} conversations, {self.turns[split]} turns")
@@ -59,6 +62,7 @@ def convert(
     *,
     seed: int = 42,
     limit: int | None = None,
+    hold_out: float = 0.0,
     progress: bool = False,
 ) -> Summary:
     """Writes the conversations of every row, with one row in memory at a time.
@@ -66,12 +70,15 @@ def convert(
     Args:
         outputs: split ("train", "validation") → JSON file; all appear whole at the end, or none.
         limit: stop after this many kept rows.
+        hold_out: share of the rows to leave out (`holding_out.is_held_out`).
 
     Raises:
         DataError: anything wrong with the CSV, the template or the paths; nothing is written then.
     """
     from data_processing.conversation_builder import build_conversations
+    from data_processing.holding_out import check_share, is_held_out, subject_name
 
+    check_share(hold_out)
     template.check_columns(rows.columns, rows.path)
     for path in outputs.values():
         if path.resolve() in (rows.path.resolve(), template.path.resolve()):
@@ -85,6 +92,9 @@ def convert(
             summary.rows_read += 1
             if not template.matches(row):
                 summary.rows_filtered += 1
+                continue
+            if is_held_out(subject_name(template, row), hold_out):
+                summary.rows_held_out += 1
                 continue
             records = {split: build_conversations(template, row, split, seed) for split in outputs}
             summary.rows_too_empty += not records["train"]
@@ -138,6 +148,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=42, help="draws turns and wordings (default: %(default)s)")
     parser.add_argument("--limit", type=int, help="stop after this many kept rows")
     parser.add_argument(
+        "--hold_out",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="leave this share of the rows out, for `evaluate.py --csv … --hold_out SHARE` to ask about (default: 0)",
+    )
+    parser.add_argument(
         "--on_bad_record",
         choices=("error", "skip"),
         default="error",
@@ -166,7 +183,8 @@ def main(arguments: list[str] | None = None) -> None:
             "so --validation_output would stay empty; leave it out, or add `validation` phrasings"
         )
     rows = CsvRows(options.input, options.on_bad_record)
-    summary = convert(rows, template, outputs, seed=options.seed, limit=options.limit, progress=True)
+    chosen = {"seed": options.seed, "limit": options.limit, "hold_out": options.hold_out}
+    summary = convert(rows, template, outputs, **chosen, progress=True)
     for message in rows.bad_messages:
         print(f"skipped: {message}", file=sys.stderr)
     print(summary)

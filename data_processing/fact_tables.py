@@ -5,6 +5,7 @@ template's `evaluation.fields` overrides it. Look: `python data_processing/quest
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from data_processing.common import DataError
 from data_processing.conversation_template import Phrase, Question, Template
@@ -37,6 +38,7 @@ def build_fact_table(template: Template, rows: Sequence[Row]) -> FactTable:
         fields = {column: _build_field(template, column, [row[column] for row in rows]) for column in columns}
     except FieldError as error:
         raise DataError(f"{template.path}: {error}") from None
+    fields = {column: _with_related_words(field, fields) for column, field in fields.items()}
     doubled = _doubled_names(template, rows)
     cells = {}
     for row in filter(template.matches, rows):
@@ -69,6 +71,16 @@ def _build_field(template: Template, column: str, cells: Sequence[str]) -> Field
         right="".join(sorted({behind[0] for _, behind in around if behind and is_cjk(behind[0])})),
         empty_words=none_words(empty),
     )
+
+
+def _with_related_words(field: Field, fields: Mapping[str, Field]) -> Field:
+    """Adds the words of columns that share half of theirs: 一般 is nobody's weakness, and a wrong answer there."""
+    vocabulary = set(field.vocabulary)
+    for other in fields.values():
+        shared = field.vocabulary & other.vocabulary
+        if shared and 2 * len(shared) >= min(len(field.vocabulary), len(other.vocabulary)):
+            vocabulary |= other.vocabulary
+    return replace(field, vocabulary=frozenset(vocabulary))
 
 
 def _said(question: Question) -> Iterator[Phrase]:

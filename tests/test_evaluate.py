@@ -8,7 +8,6 @@ from generation_helpers import build_prefix_folder, build_random_folder
 from finetune_chatmodel_demo import evaluate
 from finetune_chatmodel_demo.chatglm3 import load_model
 from finetune_chatmodel_demo.conversation.rendering import render_prompt
-from finetune_chatmodel_demo.generation.batch import generate_batch
 from finetune_chatmodel_demo.evaluation.exact_match import (
     Question,
     longest_reply_needed,
@@ -16,6 +15,7 @@ from finetune_chatmodel_demo.evaluation.exact_match import (
     score_questions,
     wilson_interval,
 )
+from finetune_chatmodel_demo.generation.batch import generate_batch
 
 CAP = 12
 

@@ -12,7 +12,8 @@ from typing import Any
 
 KINDS = ("number", "list", "text", "flag")
 MEASURES = {
-    "length": "米 1, 公尺 1, m 1, 厘米 0.01, 公分 0.01, cm 0.01, 毫米 0.001, mm 0.001, 分米 0.1, 千米 1000, 公里 1000, km 1000",
+    "length": "米 1, 公尺 1, m 1, 厘米 0.01, 公分 0.01, cm 0.01, 毫米 0.001, mm 0.001, 分米 0.1, 千米 1000, "
+    "公里 1000, km 1000",
     "mass": "公斤 1, 千克 1, kg 1, 克 0.001, g 0.001, 斤 0.5, 吨 1000, 磅 0.45359237",
     "money": "元 1, 块 1, 块钱 1, 人民币 1",
     "age": "岁 1, 周岁 1",
@@ -25,7 +26,7 @@ for _measure, _units in MEASURES.items():
     for _entry in _units.split(", "):
         _name, _factor = _entry.split(" ")
         UNITS[unicodedata.normalize("NFKC", _name)] = (_measure, Decimal(_factor))
-NUMBER = re.compile(r"(?<![\d.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?!\d)")
+NUMBER = re.compile(r"(?<![\d.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?!\.?\d)")
 SEPARATORS = ("、", ";", "|", "/", ",")
 YES = frozenset({"1", "是", "有", "true", "yes"})
 NO = frozenset({"0", "否", "无", "没有", "false", "no"})
@@ -131,8 +132,8 @@ def infer_kind(cells: Iterable[str]) -> tuple[str, str, str]:
 
     Returns:
         (kind, unit, separator). "flag": nothing but 0 and 1, 是 and 否 and the like; "number": every cell is one
-        number, bare or with one and the same unit; "list": a separator occurs, and all items of at least 98 % of the cells are
-        short (14 characters) and hold no sentence; else "text".
+        number, bare or with one and the same unit; "list": a separator occurs, and all items of at least 98 % of the
+        cells are short (14 characters) and hold no sentence; else "text".
     """
     texts = [text for cell in cells if (text := normalize(cell))]
     if not texts:

@@ -29,7 +29,9 @@ CHINESE_DIGITS = "零一二三四五六七八九"
 CHINESE_NUMBER = re.compile(r"[零〇一二两三四五六七八九十百千万]+(?:点[零〇一二三四五六七八九]+)?")
 # Beside these a value still stands by itself, and so it does beside what is no Chinese letter, beside another known
 # word, and beside what the template's own answers put there.
-LEFT_NEIGHBOURS = frozenset("是为叫做作成于有的被由从到在和与及或以跟同带怕呈归写着称名自属算指即含它只会还而就约")
+LEFT_NEIGHBOURS = frozenset(
+    "是为叫做作成于有的被由从到在和与及或以跟同带怕呈归写着称名自属算指即含它只会还而就约者用让对以"
+)
 RIGHT_NEIGHBOURS = frozenset("属系的和与及或以跟同色类型招两三四种这是也都会能吧呢啊哦喔呀了时等双单为宝群")
 
 
