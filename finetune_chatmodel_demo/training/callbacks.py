@@ -65,17 +65,8 @@ class StuckLossWarning(TrainerCallback):
     FEWEST_ENTRIES = 12
     LEAST_IMPROVEMENT = 0.03
 
-    def __init__(self, is_prefix: bool, usual: str | None = None, learned: float = 0.0) -> None:
-        """
-        Args:
-            is_prefix: whether a prefix is trained.
-            usual: the learning rates of the stage in words; default: those of supervised fine-tuning.
-            learned: below this loss there is little left to learn, and no warning.
-        """
-        self.usual = (
-            usual or f"the original's scripts use {'2e-2 for a prefix' if is_prefix else '1e-4 for all parameters'}"
-        )
-        self.learned = learned
+    def __init__(self, is_prefix: bool) -> None:
+        self.is_prefix = is_prefix
         self.has_looked = False
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -87,9 +78,10 @@ class StuckLossWarning(TrainerCallback):
         self.has_looked = True
         third = len(losses) // 3
         before, now = sum(losses[:third]) / third, sum(losses[-third:]) / third
-        if now > max((1 - self.LEAST_IMPROVEMENT) * before, self.learned):
+        if now > (1 - self.LEAST_IMPROVEMENT) * before:
+            usual = "2e-2 for a prefix" if self.is_prefix else "1e-4 for all parameters"
             logger.warning(
                 "the loss has hardly moved after %d of %d steps: %.3f at the start, %.3f now. The learning rate is "
-                "%g; %s.",
-                *(state.global_step, state.max_steps, before, now, args.learning_rate, self.usual),
+                "%g; the original's scripts use %s.",
+                *(state.global_step, state.max_steps, before, now, args.learning_rate, usual),
             )

@@ -12,10 +12,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from finetune_chatmodel_demo.conversation.rendering import IGNORED_LABEL
-from finetune_chatmodel_demo.training.arguments import P_TUNING
-from finetune_chatmodel_demo.training.callbacks import StuckLossWarning
+from finetune_chatmodel_demo.training.diagnosis import LearningWatch
 from finetune_chatmodel_demo.training.run_trainer import RunTrainer
-from finetune_chatmodel_demo.training.settings import Settings, default_learning_rate
+from finetune_chatmodel_demo.training.settings import Settings
 
 # A loss of log 2 = 0.69 tells nothing apart; at 0.1 nine pairs of ten are far apart.
 LEARNED = 0.1
@@ -69,6 +68,15 @@ class PairSums:
         return {name: total / count for name, total in zip(names, totals)} if count else {}
 
 
+class PairWatch(LearningWatch):
+    """Warns when nothing is learned. The losses of pairs have no level of guessing among tokens."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """See `LearningWatch`."""
+        super().on_train_begin(args, state, control, model, **kwargs)
+        self._guessing = None
+
+
 class PairTrainer(RunTrainer):
     """Trains on rows of `prompt_ids`, `chosen_ids` and `rejected_ids`; evaluation counts every pair once.
 
@@ -93,7 +101,6 @@ class PairTrainer(RunTrainer):
             model, settings, tokenizer, train_rows, validation_rows, kwargs: see `RunTrainer`.
         """
         self._evaluated, self._seen = PairSums(), set[int]()
-        usual = f"the default of this stage and method is {default_learning_rate(settings):g}"
         super().__init__(
             model,
             settings,
@@ -101,7 +108,7 @@ class PairTrainer(RunTrainer):
             PairCollator(tokenizer.pad_token_id),
             train_rows,
             validation_rows,
-            callbacks=[StuckLossWarning(settings.method == P_TUNING, usual, LEARNED)],
+            callbacks=[PairWatch(settings, getattr(train_rows, "report", None), LEARNED)],
             **kwargs,
         )
         self.model_accepts_loss_kwargs = False  # what `loss_is_scaled_for_ga` says, before transformers 5.19
