@@ -35,6 +35,7 @@ class AdapterConfig:
         is_reward_model: whether it belongs in front of a score head (stage rm).
         base_model: folder or hub name of the model it was trained for; None: unknown.
         prompt_format: the format it was trained with; None: an adapter from elsewhere, which does not say.
+        quantization_bit: 4 or 8 where its base was quantized while it was trained; None: it was not, or is unknown.
     """
 
     rank: int
@@ -42,6 +43,7 @@ class AdapterConfig:
     is_reward_model: bool
     base_model: str | None = None
     prompt_format: str | None = None
+    quantization_bit: int | None = None
 
 
 def is_adapter_checkpoint(folder: str | Path) -> bool:
@@ -66,6 +68,7 @@ def read_adapter_config(folder: str | Path) -> AdapterConfig:
         is_reward_model=settings.get("task_type") == "SEQ_CLS",
         base_model=run.get("base_model_name_or_path") or settings.get("base_model_name_or_path"),
         prompt_format=run.get("prompt_format"),
+        quantization_bit=run.get("quantization_bit"),
     )
 
 
@@ -133,9 +136,15 @@ def write_adapter(folder: Path, settings: Mapping[str, Any], tensors: Mapping[st
     shutil.copymode(folder / ADAPTER_CONFIG, folder / ADAPTER_FILES[0])  # safetensors lets nobody else read its files
 
 
-def write_run(folder: Path, *, base_model: str | None, prompt_format: str | None) -> None:
+def write_run(
+    folder: Path, *, base_model: str | None, prompt_format: str | None, quantization_bit: int | None = None
+) -> None:
     """Writes what PEFT's files do not say beside them."""
-    run = {"base_model_name_or_path": base_model, "prompt_format": prompt_format}
+    run = {
+        "base_model_name_or_path": base_model,
+        "prompt_format": prompt_format,
+        "quantization_bit": quantization_bit,
+    }
     (folder / RUN_FILE).write_text(json.dumps(run, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 

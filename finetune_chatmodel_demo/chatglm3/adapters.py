@@ -5,6 +5,7 @@ Adapters of this project and of the original code are read. Exercise it with `py
 
 import difflib
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -118,7 +119,17 @@ def add_adapter(
         use_dora=use_dora,
         task_type="SEQ_CLS" if has_score_head(model) else "CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    with _quiet_peft():
+        return get_peft_model(model, config)
+
+
+@contextmanager
+def _quiet_peft() -> Iterator[None]:
+    """PEFT's warnings about transformers' names, and about keys that `_check_complete` turns into an error."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated", category=FutureWarning)
+        yield
 
 
 def read_adapter(folder: str | Path, config: ChatGLM3Config) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -182,7 +193,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, is_trainable: bool = F
         )
     settings, tensors, is_official = _read_adapter(folder, model.config)
     _check_tensors(folder, settings, tensors, model)
-    with tempfile.TemporaryDirectory(prefix="adapter-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="adapter-") as scratch, _quiet_peft():
         if is_official:
             write_adapter(Path(scratch), settings, tensors)
         try:
@@ -258,7 +269,13 @@ def save_adapter(
         model.peft_config[model.active_adapter].base_model_name_or_path = base_model
     model.save_pretrained(str(folder), state_dict=None if state_dict is None else dict(state_dict))
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-    write_run(folder, base_model=base_model, prompt_format=prompt_format)
+    bits = _quantization_bit(model)
+    write_run(folder, base_model=base_model, prompt_format=prompt_format, quantization_bit=bits)
+
+
+def _quantization_bit(model: nn.Module) -> int | None:
+    quantization = getattr(model.config, "quantization_config", None)
+    return (4 if quantization.load_in_4bit else 8) if quantization is not None else None
 
 
 @contextmanager

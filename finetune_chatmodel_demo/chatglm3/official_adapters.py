@@ -65,7 +65,7 @@ def to_own_names(
     Raises:
         AdapterError: for features of PEFT that depend on how the modules are cut, or for other shapes.
     """
-    modules, whole = _read_modules(settings, tensors)
+    modules, whole = read_modules(settings, tensors)
     result: dict[str, LoraModule] = {}
     for name, module in modules.items():
         own = _rename(name, to_own=True)
@@ -85,7 +85,7 @@ def to_official_names(
     Raises:
         AdapterError: for what the original's fused module cannot hold.
     """
-    modules, whole = _read_modules(settings, tensors)
+    modules, whole = read_modules(settings, tensors)
     result: dict[str, LoraModule] = {}
     for name, module in modules.items():
         block, _, part = name.rpartition(".self_attn.")
@@ -127,7 +127,7 @@ def _join(name: str, parts: list[LoraModule | None], rows: list[int], use_rslora
             "adapter. Merge the adapter instead (--adapter without --to)"
         )
     first = present[0]
-    scales = [_scale(part, use_rslora) for part in present]
+    scales = [lora_scale(part, use_rslora) for part in present]
     is_shared = all(
         torch.equal(part.tensors[LORA_A], first.tensors[LORA_A]) and scale == scales[0]
         for part, scale in zip(present, scales)
@@ -149,11 +149,12 @@ def _join(name: str, parts: list[LoraModule | None], rows: list[int], use_rslora
     return LoraModule(rank, round(alpha, 9), {LORA_A: stacked, LORA_B: fused_b} | others)
 
 
-def _scale(module: LoraModule, use_rslora: bool) -> float:
+def lora_scale(module: LoraModule, use_rslora: bool) -> float:
+    """The factor of B·A."""
     return module.alpha / (module.rank**0.5 if use_rslora else module.rank)
 
 
-def _read_modules(
+def read_modules(
     settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, LoraModule], dict[str, torch.Tensor]]:
     """The adapter by module names (without PEFT's prefix), and the tensors of modules that it holds whole."""

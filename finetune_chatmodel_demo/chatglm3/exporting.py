@@ -1,0 +1,214 @@
+"""Whole models out of what training left: adapters merged, the official layout written, reloaded and compared.
+
+`export.py` is the program; `pytest tests/test_export.py` exercises it. Everything is computed in float32 by default,
+because an adapter's change is often smaller than the last bit of a half-precision weight.
+"""
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from finetune_chatmodel_demo.chatglm3.adapters import check_adapter, load_adapter, read_adapter_config, without_tuning
+from finetune_chatmodel_demo.chatglm3.comparing import Comparison, compare_logits, probe_logits
+from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
+from finetune_chatmodel_demo.chatglm3.loading import MODEL_CLASSES, load_model
+from finetune_chatmodel_demo.chatglm3.whole_folder import check_disk, format_size, whole_folder
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "tokenization_chatglm.py")
+# What official folders hold beside weights and tokenizer: the original code, and the weights' licence.
+OTHER_FILES = (
+    "configuration_chatglm.py",
+    "modeling_chatglm.py",
+    "quantization.py",
+    "MODEL_LICENSE",
+    "LICENSE",
+)
+# Where rounding changes the logits by more than this share of what the adapter changes, that is said.
+NOTABLE_ROUNDING = 0.1
+
+
+@dataclass(frozen=True)
+class ModelExport:
+    """What is to be written.
+
+    Attributes:
+        model: folder of the base or whole model.
+        adapters: folders of adapters, merged one after the other.
+        output: the new folder.
+        tokenizer: folder with `tokenizer.model`; None: the result has none.
+        dtype: of the written weights.
+        compute_dtype: of what is computed on the way and of the comparison.
+        device: for torch.
+        max_shard_size: of a weights file, e.g. "5GB".
+        prompt_format: recorded in config.json for inference.py; None: unknown.
+        report: gets a line for the user now and then.
+    """
+
+    model: Path
+    adapters: Sequence[Path]
+    output: Path
+    tokenizer: Path | None
+    dtype: torch.dtype
+    compute_dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    max_shard_size: str = "5GB"
+    prompt_format: str | None = None
+    report: Callable[[str], None] = field(default=print)
+
+
+def export_model(job: ModelExport, probes: Sequence[Sequence[int]]) -> Comparison:
+    """Merges, writes, reloads and compares; the output appears only when all of it went well.
+
+    Args:
+        job: see `ModelExport`.
+        probes: token ids on which the result must compute what the unmerged model computes.
+
+    Returns:
+        The comparison of what was written with the unmerged model.
+
+    Raises:
+        OSError, ValueError: a folder cannot be read, an adapter does not fit, the disk or the memory is too small.
+        ComparisonError: the written model computes something else; nothing of it is left.
+    """
+    config = ChatGLM3Config.from_pretrained(job.model)
+    head = head_of(job)
+    for adapter in job.adapters:
+        check_adapter(adapter, config)
+    parameters = count_parameters(config, head)
+    check_disk(job.output, parameters * job.dtype.itemsize)
+    check_memory(parameters, job)
+    model = load_model(job.model, dtype=job.compute_dtype, device=job.device, head=head)
+    expected, effect = probe_logits(model, probes), 0.0
+    for adapter in job.adapters:
+        model, expected, effect = _merge(model, adapter, probes, job)
+    with whole_folder(job.output) as partial:
+        _write(model, partial, job)
+        del model
+        written = load_model(partial, dtype=job.compute_dtype, device=job.device, head=head)
+        comparison = compare_logits(probe_logits(written, probes), expected, job.dtype, job.compute_dtype)
+        comparison.check(f"{job.output}, reloaded, does not compute what the model before it computed")
+        sizes = [path.stat().st_size for path in partial.glob("*.safetensors")]
+    job.report(
+        f"written: {job.output} ({len(sizes)} file{'s' if len(sizes) > 1 else ''} of weights, "
+        f"{format_size(sum(sizes))}, {_name(job.dtype)})"
+    )
+    job.report(f"reloaded and compared with the {'unmerged ' if job.adapters else ''}model: {comparison}")
+    if job.adapters and comparison.difference > NOTABLE_ROUNDING * effect:
+        job.report(
+            f"note: the last adapter changes the logits by no more than {effect:.1e}, and rounding to "
+            f"{_name(job.dtype)} by {comparison.difference:.1e}; --dtype float32 keeps all of it"
+        )
+    return comparison
+
+
+def _merge(
+    model: nn.Module, adapter: Path, probes: Sequence[Sequence[int]], job: ModelExport
+) -> tuple[nn.Module, list[torch.Tensor], float]:
+    """The model with the adapter in its weights, its logits before that, and how much the adapter changes them."""
+    adapted = load_adapter(model, adapter)
+    expected = probe_logits(adapted, probes)
+    with without_tuning(adapted):
+        base = probe_logits(adapted, probes)
+    effect = compare_logits(expected, base, job.compute_dtype).difference
+    merged = merge_adapter(adapted)
+    comparison = compare_logits(probe_logits(merged, probes), expected, job.compute_dtype)
+    comparison.check(f"{adapter}: the merged model does not compute what the unmerged one does")
+    job.report(f"merged: {adapter}, in float32: {comparison}")
+    if effect == 0:
+        job.report(f"note: {adapter} changes nothing; was it trained?")
+    return merged, expected, effect
+
+
+def merge_adapter(adapted: Any) -> nn.Module:
+    """Adds an adapter to the weights, each in float32, and takes PEFT out of the model.
+
+    Args:
+        adapted: a PeftModel on an unquantized base.
+
+    Raises:
+        ValueError: for an adapter with numbers that are not finite.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer):
+            weight = module.get_base_layer().weight
+            dtype, weight.data = weight.dtype, weight.data.float()
+            module.merge(safe_merge=True)
+            weight.data = weight.data.to(dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="All adapters are already merged")
+        return adapted.merge_and_unload()
+
+
+def _write(model: nn.Module, folder: Path, job: ModelExport) -> None:
+    """The official layout; the prefix of a model that has one inside stays float32."""
+    for name, parameter in model.named_parameters():
+        if "prefix_encoder" not in name:
+            parameter.data = parameter.data.to(job.dtype)
+    model.config.dtype = job.dtype
+    if job.prompt_format is not None:
+        model.config.prompt_format = job.prompt_format
+    model.save_pretrained(folder, max_shard_size=job.max_shard_size)
+    for source, names in ((job.tokenizer, TOKENIZER_FILES), (job.model, OTHER_FILES)):
+        for name in names:
+            if source is not None and (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+    for path in folder.glob("*.safetensors"):
+        shutil.copymode(folder / "config.json", path)  # safetensors lets nobody else read its files
+
+
+def head_of(job: ModelExport) -> str:
+    """ "score" for a reward model, else "lm".
+
+    Raises:
+        ValueError: the adapters and the base are not of one kind.
+    """
+    names = json.loads((job.model / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+    is_reward_base = any("SequenceClassification" in str(name) for name in names)
+    kinds = {adapter: read_adapter_config(adapter).is_reward_model for adapter in job.adapters}
+    if is_reward_base and not all(kinds.values()):
+        raise ValueError(f"{job.model} is a reward model (stage rm), and the adapter is a language model's")
+    if len(set(kinds.values())) > 1:
+        raise ValueError(
+            "an adapter of a language model and one of a reward model cannot be merged in one go: merge the first, and "
+            "give the result as --model for the second"
+        )
+    return "score" if is_reward_base or any(kinds.values()) else "lm"
+
+
+def count_parameters(config: ChatGLM3Config, head: str) -> int:
+    """Parameters of the model that `config` describes; nothing is allocated."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in MODEL_CLASSES[head](config).parameters())
+
+
+def check_memory(parameters: int, job: ModelExport) -> None:
+    """Refuses to start what would end in the system's killing the program.
+
+    Raises:
+        OSError: when the memory that is free does not hold the model.
+    """
+    if torch.device(job.device).type != "cpu":
+        return
+    import psutil
+
+    needed, free = parameters * job.compute_dtype.itemsize, psutil.virtual_memory().available
+    if needed > free:
+        advice = "; --low_memory needs half of it" if job.compute_dtype == torch.float32 else ""
+        raise OSError(
+            f"{job.model} needs {format_size(needed)} of memory in {_name(job.compute_dtype)}, and {format_size(free)} "
+            f"are free{advice}"
+        )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
