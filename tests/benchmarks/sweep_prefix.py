@@ -55,27 +55,26 @@ class Setting:
 def plan(steps: int) -> dict[str, list[Setting]]:
     """The settings by what they vary; the base setting comes first in each list that it belongs to."""
     base = Setting(steps)
-    groups = {
-        "learning rate": [replace(base, learning_rate=rate) for rate in (0.15, 0.02, 0.05, 0.3, 2e-5, 0.005, 0.1)],
-        "start": [replace(base, init=init) for init in ("0.5", "1.0", "0.1", "0.02", DIALOGUE, INSTRUCTION)],
-        "prefix length": [replace(base, pre_seq_len=length) for length in (64, 8, 16, 32, 128)],
-        "dropout": [replace(base, dropout=dropout) for dropout in (0.1, 0.0, 0.05, 0.2, 0.3)],
-        "projection": [base]
-        + [replace(base, projection=True, learning_rate=rate) for rate in (0.15, 0.02, 0.005, 0.001)],
-        "warm-up": [replace(base, warmup=warmup) for warmup in (0.03, 0.0, 0.1, 0.2)],
-        "grid": [
+    return {
+        "learning rate": [replace(base, learning_rate=rate) for rate in (0.15, 0.02, 0.05, 0.3, 2e-5)],
+        "start": [replace(base, init=init) for init in ("0.5", DIALOGUE, "1.0", "0.1", "0.02", INSTRUCTION)],
+        "learning rate × start": [
             replace(base, learning_rate=rate, init=init)
-            for rate in (0.15, 0.02, 0.05, 0.3)
-            for init in ("0.5", "1.0", "0.1", DIALOGUE)
+            for init in ("0.5", "1.0", DIALOGUE)
+            for rate in (0.02, 0.05, 0.15, 0.3)
         ],
-        "seed": [replace(base, seed=seed) for seed in (42, 43, 44)],
-        "the quickstart's length": [
-            replace(base, steps=3 * steps),
+        "prefix length": [replace(base, pre_seq_len=length) for length in (8, 32, 64, 128)],
+        "dropout": [replace(base, dropout=dropout) for dropout in (0.0, 0.1, 0.3)],
+        "projection": [base] + [replace(base, projection=True, learning_rate=rate) for rate in (0.02, 0.005)],
+        "warm-up": [replace(base, warmup=warmup) for warmup in (0.0, 0.03, 0.1)],
+        "seed": [replace(base, seed=seed) for seed in (42, 43, 44)]
+        + [replace(base, init=DIALOGUE, seed=seed) for seed in (42, 43)],
+        "three times the steps": [
             replace(base, steps=3 * steps, learning_rate=0.02, init="1.0"),
             replace(base, steps=3 * steps, init=DIALOGUE),
+            replace(base, steps=3 * steps),
         ],
     }
-    return groups
 
 
 def quick_plan() -> dict[str, list[Setting]]:
@@ -199,7 +198,7 @@ def start_text(init: str, train_file: Path) -> str | None:
 def ask(prefix: Path, files: dict[str, Path], count: int) -> dict[str, int]:
     """Exact answers to `count` questions of each file."""
     from finetune_chatmodel_demo.chatglm3 import load_model, load_tokenizer
-    from finetune_chatmodel_demo.generation.exact_match import read_questions, score_questions
+    from finetune_chatmodel_demo.evaluation.exact_match import read_questions, score_questions
 
     model, tokenizer = load_model(MODEL, pt_checkpoint=prefix, device="cpu"), load_tokenizer(MODEL)
     options = {"prompt_format": "multi-turn", "max_new_tokens": LONGEST_REPLY, "batch_size": 100}
