@@ -5,7 +5,6 @@ when it equals the reference text, white space at both ends aside.
 Exercised by `python finetune_chatmodel_demo/evaluate.py`.
 """
 
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_chatmodel_demo.conversation.records import read_records
+from finetune_chatmodel_demo.evaluation.statistics import wilson_interval
 from finetune_chatmodel_demo.generation.batch import generate_replies
 from finetune_chatmodel_demo.generation.prompts import fit_prompt, prompt_budget
 
@@ -161,18 +161,3 @@ def score_questions(
         by_column=dict(sorted(by_column.items())),
         wrong=wrong,
     )
-
-
-def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % interval of a share (E. B. Wilson, 1927), which stays inside 0..1 and is not empty at 0 or 1.
-
-    Raises:
-        ValueError: there were no trials.
-    """
-    if trials < 1 or not 0 <= successes <= trials:
-        raise ValueError(f"{successes} successes in {trials} trials is no share")
-    share = successes / trials
-    scale = 1 + z * z / trials
-    middle = (share + z * z / (2 * trials)) / scale
-    half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials)) / scale
-    return max(0.0, middle - half), min(1.0, middle + half)
