@@ -37,6 +37,7 @@ def describe_start(settings: Settings, trainer: "RunTrainer") -> str:
         "batch": f"{args.per_device_train_batch_size} rows × {args.gradient_accumulation_steps} accumulated × "
         f"{args.world_size} processes = {effective} rows a step",
         "steps": f"{steps} of {effective} rows" + ("" if is_streamed else _count_epochs(steps * effective, trainer)),
+        **(trainer.describe_steps(steps) if hasattr(trainer, "describe_steps") else {}),
         "precision": settings.precision
         + (f", base in {bits} bits" if (bits := settings.model.quantization_bit) else ""),
         "device": f"{args.device}, gradient checkpointing {_describe_checkpointing(settings)}",

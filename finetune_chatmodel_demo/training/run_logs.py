@@ -228,9 +228,14 @@ def mean_logged_loss(log_history: Sequence[dict[str, Any]]) -> float | None:
     return sum(weight * loss for weight, (_, loss) in zip(weights, entries)) / sum(weights)
 
 
+def is_evaluation(entry: dict[str, Any]) -> bool:
+    """Whether an entry of the log is one of a validation; ppo has a reward in place of a loss."""
+    return "eval_loss" in entry or "eval_reward" in entry
+
+
 def describe_evaluation(log_history: Sequence[dict[str, Any]], stage: str) -> dict[str, float]:
     """The metrics of `eval_results.json`: the last evaluation in the log, with the perplexity of pt and sft."""
-    evaluations = [entry for entry in log_history if "eval_loss" in entry]
+    evaluations = [entry for entry in log_history if is_evaluation(entry)]
     if not evaluations:
         return {}
     metrics = {key: value for key, value in evaluations[-1].items() if key.startswith("eval_") or key == "epoch"}

@@ -23,6 +23,7 @@ from finetune_chatmodel_demo.training.run_logs import (
     TrainerLogCallback,
     describe_evaluation,
     describe_training,
+    is_evaluation,
     remove_results,
     save_results,
 )
@@ -166,7 +167,7 @@ def _was_evaluated(trainer: RunTrainer) -> bool:
     is_best = trainer.args.load_best_model_at_end and state.best_model_checkpoint
     if is_best and state.best_global_step != state.global_step:
         return False
-    steps = [entry["step"] for entry in state.log_history if "eval_loss" in entry]
+    steps = [entry["step"] for entry in state.log_history if is_evaluation(entry)]
     return bool(steps) and steps[-1] == state.global_step
 
 

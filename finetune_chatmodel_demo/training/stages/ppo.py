@@ -100,6 +100,20 @@ class PPOTrainer(RunTrainer):
         """Optimizer updates of the whole run."""
         return ppo_settings.count_updates(self.settings, len(self.train_dataset))
 
+    def describe_steps(self, steps: int) -> dict[str, str]:
+        """Lines of the table before the start: title → text."""
+        stage, prompts = self.settings.stage, len(self.train_dataset)
+        replies = ppo_settings.replies_of_rollout(self.settings) * self.args.world_size
+        updates = ppo_settings.updates_of_rollout(self.settings)
+        sampling = ", ".join(f"{name} {value:g}" for name, value in ppo_settings.sampling_of(self.settings).items())
+        adaptive = f", adapted to a KL of {stage.ppo_target:g}" if stage.ppo_adaptive_kl else ""
+        return {
+            "steps": f"{steps} updates, {updates} ({stage.ppo_epochs} epochs × {stage.ppo_buffer_size}) a rollout of "
+            f"{replies} replies = {steps / updates * replies / prompts:.2f} epochs of {prompts} prompts",
+            "replies": f"at most {self.settings.generation.max_new_tokens} tokens, {sampling}",
+            "reward": f"{stage.reward_model or stage.reward_function}, KL coefficient {stage.ppo_kl_coef:g}{adaptive}",
+        }
+
     def train(self, resume_from_checkpoint: str | None = None, **_: Any) -> TrainOutput:
         """Rollouts and updates until the last step.
 
@@ -116,7 +130,9 @@ class PPOTrainer(RunTrainer):
         losses = []
         while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             losses.append(self._step())
-        metrics = speed_metrics("train", started, num_steps=self.state.global_step - first)
+        steps = self.state.global_step - first
+        replies = steps * ppo_settings.replies_of_update(self.args) * self.args.world_size
+        metrics = speed_metrics("train", started, num_samples=replies, num_steps=steps)
         metrics["train_loss"] = sum(losses) / max(len(losses), 1)
         self.log(metrics)
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint:

@@ -29,7 +29,7 @@ LONGEST_EXCERPT = 80
 SIGNATURE = "NAME(prompts: list[str], replies: list[str]) -> list[float]"
 
 
-class RewardError(RuntimeError):
+class RewardError(SettingsError):
     """A reward function failed, or returned something that is no list of finite numbers."""
 
 
