@@ -108,8 +108,8 @@ def _export_model(arguments: argparse.Namespace) -> None:
     dtype = stored if arguments.dtype is None else getattr(torch, arguments.dtype)
     if adapters and arguments.low_memory and dtype.itemsize > stored.itemsize:
         raise UsageError(
-            f"--low-memory keeps the merged weights in the base's {_stored_dtype(model)}, and --dtype {arguments.dtype} "
-            "would write them rounded; leave one of the two out"
+            f"--low-memory keeps the merged weights in the base's {_stored_dtype(model)}, and --dtype "
+            f"{arguments.dtype} would write them rounded; leave one of the two out"
         )
     bits = next((fact.quantization_bit for fact in facts if fact.quantization_bit), None)
     if bits:
