@@ -172,6 +172,11 @@ class PrefixSwitch:
         """The trainable prefix, or None."""
         return self.model.prefix_encoder
 
+    def remove_prefix(self) -> None:
+        """Makes the model its base again, ready for a prefix of another length; without a prefix nothing happens."""
+        self.model.prefix_encoder = None
+        self.config.pre_seq_len, self.config.prefix_projection = None, False
+
     @contextmanager
     def prefix_disabled(self) -> Iterator[None]:
         """Within this context the model is its base: the same weights without the prefix."""
