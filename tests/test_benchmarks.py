@@ -21,7 +21,7 @@ from finetune_chatmodel_demo.chatglm3 import load_model
 
 BENCHMARKS = Path(__file__).resolve().parent / "benchmarks"
 SMALL = ["--layers", "2", "--hidden_size", "128", "--ffn_hidden_size", "96", "--vocabulary", "65024", "--prefix", "8"]
-SMALL_TRAINING = [*SMALL, "--max_seq_length", "320", "--rows", "2", "--csv_rows", "12"]
+SMALL_TRAINING = [*SMALL, "--max_seq_length", "320", "--rows", "2", "--csv_rows", "12", "--packed_rows", "3"]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,9 @@ def training_report(tmp_path_factory):
 
 
 def test_training_report(training_report):
-    assert set(training_report) == {"benchmark", "machine", "model", "data", "settings", "results"}
+    assert set(training_report) == {
+        "benchmark", "machine", "model", "data", "packed_data", "settings", "results",
+    }  # fmt: skip
     assert training_report["data"]["template"] == "pokemon.yaml"
     assert len(training_report["data"]["chosen_rows_tokens"]) == 2
     assert training_report["model"]["vocabulary"] == 65024
@@ -56,6 +58,18 @@ def test_both_sides_of_training_agree(training_report):
     assert agreement["largest_relative_difference"] < 1e-3
     assert agreement["first_gradient_relative_difference"] < 1e-4
     assert agreement["last_loss"]["ours"] != agreement["first_loss"]["ours"]
+
+
+def test_packed_steps_agree_with_the_original(training_report):
+    (packing,) = [result["packing"] for result in training_report["results"]]
+    assert packing["tokens_of_a_step"] == sum(training_report["packed_data"]["chosen_rows_tokens"])
+    passes = packing["forward_passes"]
+    assert passes["original"] == passes["padded"] == 3 > passes["packed"]
+    assert packing["share_of_packed_rows_filled"] == round(packing["tokens_of_a_step"] / (passes["packed"] * 320), 3)
+    assert packing["largest_relative_difference_of_losses"] < 1e-3
+    speed = packing["tokens_per_second"]
+    ratio = packing["over_original"]["packed"]["tokens_per_second"]
+    assert ratio == pytest.approx(speed["packed"] / speed["original"], rel=1e-2)
 
 
 def test_original_side_gives_the_original_numbers(golden):

@@ -1,10 +1,13 @@
-"""Compares one training step of the original demo with ours, on the Pokémon conversations; prints JSON.
+"""Compares training steps of the original demo with ours, padded and packed, on the Pokémon conversations; prints JSON.
 
     python tests/benchmarks/bench_training.py --output tests/benchmarks/results/training.json
 
 Original: rows padded to --max_seq_length, logits of every position in float32. Ours: padded to the longest row of the
 batch, logits where a label counts. The same random model, rows, prefix and gradient checkpointing on both sides; the
 steps alternate, because other programs disturb a machine, and the losses of the two have to agree.
+
+Packed (`packing_comparison.py`): one step on all of --packed_rows, in as many forward passes as a side needs: the
+original one for each row, ours one for each group of rows that fills --max_seq_length, with and without checkpointing.
 """
 
 import argparse
@@ -33,9 +36,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     machine = describe_machine()
     data = load_pokemon_rows(options.rows, min(options.max_seq_length), options.csv_rows)
     batches = [data.rows[i : i + options.batch_size] for i in range(0, len(data.rows), options.batch_size)]
+    packed_data = load_pokemon_rows(options.packed_rows or 1, min(options.max_seq_length), options.csv_rows)
     results = []
     for length in options.max_seq_length:
         results.append(compare(length, data.pad_token_id, batches, size, options.repeats))
+        if options.packed_rows:
+            from packing_comparison import compare_packing
+
+            results[-1]["packing"] = compare_packing(length, packed_data, size, options.repeats)
         if not options.no_memory:
             results[-1]["memory"] = compare_memory(length, data, size, options.batch_size, threads)
     report = {
@@ -43,6 +51,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "machine": machine,
         "model": size.describe(),
         "data": data.description,
+        "packed_data": packed_data.description if options.packed_rows else None,
         "settings": {
             "batch_size": options.batch_size,
             "repeats": options.repeats,
@@ -155,6 +164,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     default = ModelSize()
     numbers = {
         "--rows": (8, "rows of different lengths, see pokemon_rows.py"),
+        "--packed_rows": (14, "rows of a step of the packed comparison; 0 leaves it out"),
         "--repeats": (3, "passes over the rows"),
         "--batch_size": (1, "rows of a step; 1 is the official script's DEV_BATCH_SIZE"),
         "--layers": (default.layers, "transformer blocks"),

@@ -1,4 +1,4 @@
-"""One P-Tuning v2 training step, in two ways that give the same loss: as the original demo does it, and as ours.
+"""One P-Tuning v2 training step, in ways that give the same loss: the original demo's, and ours, padded or packed.
 
 The original's side is written anew from the behaviour of ChatGLM3's finetune_chatmodel_demo (January 2024) and runs on
 the same layers as ours: `tests/test_benchmarks.py` holds it to the original's loss and gradients.
@@ -13,7 +13,9 @@ from benchmark_helpers import Elapsed, ModelSize, Stopwatch, forget_memory_peak,
 from pokemon_rows import Row
 
 from finetune_chatmodel_demo.chatglm3 import ChatGLM3ForCausalLM
+from finetune_chatmodel_demo.chatglm3.recomputing import CheckpointingPolicy, set_policy
 from finetune_chatmodel_demo.conversation import IGNORED_LABEL, PadCollator
+from finetune_chatmodel_demo.conversation.collating import PackCollator
 
 # Upstream's P-Tuning scripts and transformers' Trainer.
 LEARNING_RATE = 2e-2
@@ -54,32 +56,51 @@ class OurLoss(NamedTuple):
         return model(**PadCollator(self.pad_token_id)(rows)).loss
 
 
-class Side:
-    """A model of its own, trained in one of the two ways."""
+class PackedLoss(NamedTuple):
+    """The loss of rows that share one row of tokens (--packing)."""
 
-    def __init__(self, loss_of: LossOf, size: ModelSize) -> None:
+    pad_token_id: int
+
+    def __call__(self, model: ChatGLM3ForCausalLM, rows: list[Row]) -> torch.Tensor:
+        return model(**PackCollator(self.pad_token_id)([{"rows": rows}])).loss
+
+
+class Side:
+    """A model of its own, trained in one of the ways."""
+
+    def __init__(self, loss_of: LossOf, size: ModelSize, policy: CheckpointingPolicy = "full") -> None:
         """
         Args:
-            loss_of: `OriginalLoss` or `OurLoss`.
+            loss_of: `OriginalLoss`, `OurLoss` or `PackedLoss`.
             size: equal sizes give equal weights, so two sides start alike.
+            policy: of gradient checkpointing; the original has "full".
         """
         self.loss_of = loss_of
         self.model = size.build().train()
         self.model.model.prefix_encoder.dropout.p = 0.0  # so that both sides compute the same
-        # transformers 5.23 renames it.
-        getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)()
+        if policy != "none":
+            set_policy(self.model, policy)
+            # transformers 5.23 renames it.
+            getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)()
         self.prefix = list(self.model.prefix_encoder.parameters())
         self.optimizer = torch.optim.AdamW(self.prefix, lr=LEARNING_RATE, weight_decay=0.0)
 
     def step(self, rows: list[Row]) -> tuple[float, Elapsed]:
         """Forward, backward, clipping, optimizer step. Returns the loss before it, and the time."""
+        return self.accumulate([rows])
+
+    def accumulate(self, batches: list[list[Row]]) -> tuple[float, Elapsed]:
+        """As `step`, for batches whose gradients are added up: the loss is the mean over all supervised tokens."""
+        targets = [sum(label != IGNORED_LABEL for row in batch for label in row["labels"][1:]) for batch in batches]
         with Stopwatch() as watch:
             self.optimizer.zero_grad()
-            loss = self.loss_of(self.model, rows)
-            loss.backward()
+            value = 0.0
+            for batch, count in zip(batches, targets):
+                loss = self.loss_of(self.model, batch) * (count / sum(targets))
+                loss.backward()
+                value += loss.item()
             torch.nn.utils.clip_grad_norm_(self.prefix, MAX_GRADIENT_NORM)
             self.optimizer.step()
-            value = loss.item()
         return value, watch.elapsed
 
     def gradient(self, rows: list[Row]) -> torch.Tensor:
