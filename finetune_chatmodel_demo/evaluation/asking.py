@@ -1,7 +1,7 @@
 """Puts the dialogues of a question set to a model, all at once and turn by turn, and judges every reply.
 
-`history="own"` shows the model its own earlier replies, as a user would have it; "reference" shows the right ones, which
-tells a single mistake from one that was dragged along.
+`history="own"` shows the model its own earlier replies, as a user would have it; "reference" shows the right ones,
+which tells a single mistake from one that was dragged along.
 """
 
 from collections.abc import Sequence
@@ -123,11 +123,11 @@ def constant_replies(questions: QuestionSet, answers: Sequence[Answer]) -> list[
             found = counts.setdefault(column, {})
             found[items] = found.get(items, 0) + 1
     favourites = {column: max(found, key=found.get) for column, found in counts.items()}
-    return [
-        answer.turn.is_answerable
-        and tuple(sorted(questions.table.items(answer.turn.subject, answer.turn.column))) == favourites[answer.turn.column]
-        for answer in answers
-    ]
+    right = []
+    for turn in (answer.turn for answer in answers):
+        items = tuple(sorted(questions.table.items(turn.subject, turn.column))) if turn.is_answerable else None
+        right.append(items is not None and items == favourites[turn.column])
+    return right
 
 
 def _opening(dialogue: Dialogue) -> list[dict[str, Any]]:

@@ -60,8 +60,10 @@ def worst_examples(answers: Sequence[Answer], count: int = EXAMPLES_KEPT) -> lis
             continue
         key = (answer.turn.group, answer.turn.column or "")
         seen[key] = seen.get(key, 0) + 1
-        ranked.append((seen[key], answer.ended, BADNESS[answer.verdict.outcome], answer.verdict.overlap, len(ranked), answer))
-    return [describe_answer(answer) for *_, answer in sorted(ranked, key=lambda row: row[:-1])[:count]]
+        badness = (answer.ended, BADNESS[answer.verdict.outcome], answer.verdict.overlap)
+        ranked.append(((seen[key], *badness), answer))
+    ranked.sort(key=lambda pair: pair[0])
+    return [describe_answer(answer) for _, answer in ranked[:count]]
 
 
 def describe_answer(answer: Answer) -> dict[str, Any]:
@@ -125,10 +127,9 @@ def _count_reasons(answers: Sequence[Answer]) -> dict[str, int]:
     counts: dict[str, int] = {}
     for answer in answers:
         reason = answer.verdict.reason
+        for start, object_ in (("speaks about", "another subject"), ("false about", "another column")):
+            if reason.startswith(start):
+                reason = f"{start} {object_}"
         if reason:
-            for start in ("speaks about", "false about"):
-                reason = start + (" another subject" if start == "speaks about" else " another column") if (
-                    reason.startswith(start)
-                ) else reason
             counts[reason] = counts.get(reason, 0) + 1
     return dict(sorted(counts.items(), key=lambda pair: -pair[1]))
