@@ -12,12 +12,18 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset, Sampler
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from finetune_chatmodel_demo.conversation.records import RecordError
 from finetune_chatmodel_demo.conversation.rendering import IGNORED_LABEL
 from finetune_chatmodel_demo.training.arguments import FULL, GROUP_BY_LENGTH, P_TUNING
-from finetune_chatmodel_demo.training.callbacks import EpochOrder, Throughput
+from finetune_chatmodel_demo.training.callbacks import (
+    EpochOrder,
+    Throughput,
+    build_early_stopping,
+    kept_random_state,
+)
 from finetune_chatmodel_demo.training.checkpoints import (
     partial_folder,
     publish_checkpoint,
@@ -141,7 +147,7 @@ class RunTrainer(Trainer):
             data_collator=NumberedCollator(collate),
             train_dataset=_number(train_rows),
             eval_dataset=_number(validation_rows),
-            callbacks=[self.throughput, EpochOrder(self), *callbacks],
+            callbacks=[self.throughput, EpochOrder(self), *build_early_stopping(settings.run), *callbacks],
             **kwargs,
         )
         if is_quantized_prefix:
@@ -212,9 +218,31 @@ class RunTrainer(Trainer):
             "--bf16 instead of --fp16, and continue with --resume_from_checkpoint True"
         )
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the library does it, without drawing from the random numbers of the training."""
+        with kept_random_state():
+            return super().evaluate(*args, **kwargs)
+
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As the library does it, without what `NumberedCollator` added."""
         return super().prediction_step(model, {k: v for k, v in inputs.items() if k not in ADDED}, *args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluates, as the library does it."""
+        self._validated: set[int] = set()
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _find_copies(self, rows: list[int]) -> torch.Tensor:
+        """(B,), True for rows that were added so that all processes have the same number of full batches.
+
+        Args:
+            rows: `row_index` of a batch of an evaluation, each batch of it in its turn.
+        """
+        batches = [self._validation_positions[row] // self.args.eval_batch_size for row in rows]
+        is_own = [batch % self.args.world_size == self.args.process_index for batch in batches]
+        is_copy = [not own or row in self._validated for row, own in zip(rows, is_own)]
+        self._validated.update(rows)
+        return torch.tensor(is_copy)
 
     # Log
 
@@ -238,7 +266,7 @@ class RunTrainer(Trainer):
         if self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(folder)
         if self.args.should_save:
-            self.state.stateful_callbacks["TrainerControl"] = self.control.state()
+            self._keep_callback_states()
             self.state.save_to_json(str(partial / "trainer_state.json"))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
@@ -247,6 +275,20 @@ class RunTrainer(Trainer):
             remove_old_checkpoints(self.args.output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
             self.plot()
         self.accelerator.wait_for_everyone()
+
+    def _keep_callback_states(self) -> None:
+        """What a callback (early stopping) counts goes into the checkpoint with the state."""
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+
+    def _load_callback_state(self) -> None:
+        """Takes up the counts of a checkpoint; what the command line says of patience holds."""
+        super()._load_callback_state()
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback):
+                callback.early_stopping_patience = self.settings.run.early_stopping_patience
+                callback.early_stopping_threshold = self.settings.run.early_stopping_threshold
 
     def _start_partial(self, folder: Path) -> Path:
         if self.args.should_save:

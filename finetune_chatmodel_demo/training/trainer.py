@@ -9,7 +9,15 @@ from transformers import PreTrainedTokenizerBase
 from finetune_chatmodel_demo.conversation.collating import PackCollator, PadCollator
 from finetune_chatmodel_demo.conversation.grouping import GroupedRows
 from finetune_chatmodel_demo.conversation.rendering import IGNORED_LABEL
+from finetune_chatmodel_demo.training.arguments import SettingsError
 from finetune_chatmodel_demo.training.diagnosis import LearningWatch
+from finetune_chatmodel_demo.training.replies import (
+    Reply,
+    is_reproduced,
+    sample_replies,
+    share_out,
+    write_replies,
+)
 from finetune_chatmodel_demo.training.run_trainer import RunTrainer
 from finetune_chatmodel_demo.training.settings import Settings
 
@@ -40,7 +48,8 @@ class ChatTrainer(RunTrainer):
         validation_rows: Any | None = None,
     ) -> None:
         """Arguments: see `RunTrainer`."""
-        self._validation, self._validated = torch.zeros(2, dtype=torch.float64), set[int]()
+        self._validation = torch.zeros(2, dtype=torch.float64)
+        self._questions: list[Reply] | None = None
         report = getattr(train_rows, "report", None)
         if settings.data.packing and train_rows is not None:
             train_rows = GroupedRows(train_rows, settings.data.max_seq_length, settings.training.seed)
@@ -72,20 +81,32 @@ class ChatTrainer(RunTrainer):
         self._validation += torch.stack([loss * supervised, supervised]).to(self._validation)
         return loss, None, None
 
-    def _find_copies(self, rows: list[int]) -> torch.Tensor:
-        """(B,), True for rows that were added so that all processes have the same number of full batches."""
-        batches = [self._validation_positions[row] // self.args.eval_batch_size for row in rows]
-        is_own = [batch % self.args.world_size == self.args.process_index for batch in batches]
-        is_copy = [not own or row in self._validated for row, own in zip(rows, is_own)]
-        self._validated.update(rows)
-        return torch.tensor(is_copy)
-
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluates; the loss is the mean over all supervised tokens, whatever the batch size."""
-        self._validation, self._validated = torch.zeros(2, dtype=torch.float64), set()
+        self._validation = torch.zeros(2, dtype=torch.float64)
         output = super().evaluation_loop(*args, **kwargs)
         totals = self.accelerator.reduce(self._validation.float().to(self.args.device), reduction="sum")
         name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
         if name in output.metrics:
             output.metrics[name] = (totals[0] / totals[1].clamp(min=1)).item()
+        if self.settings.run.eval_questions and "eval_loss" in output.metrics:
+            output.metrics["eval_exact"] = self._ask()
         return output
+
+    def _ask(self) -> float:
+        """The share of --eval_questions replies of the validation data that the model writes exactly."""
+        model, tokenizer = self.accelerator.unwrap_model(self.model), self.tokenizer_to_save
+        if self._questions is None:
+            run, args = self.settings.run, self.args
+            room = model.config.seq_length
+            rows, stops = self.eval_dataset.rows, tokenizer.stop_token_ids
+            self._questions = sample_replies(rows, run.eval_questions, args.seed, stops, room)
+            if not self._questions:
+                raise SettingsError("--eval_questions: no row of the validation data has a whole supervised reply")
+        own = share_out(self._questions, self.args.process_index, self.args.world_size)
+        model.eval()
+        with self.compute_loss_context_manager():
+            written = write_replies(model, tokenizer, [reply for reply, _ in own], self.args.per_device_eval_batch_size)
+        exact = sum(is_reproduced(tokenizer, reply, ids) for (reply, counts), ids in zip(own, written) if counts)
+        total = self.accelerator.reduce(torch.tensor(float(exact), device=self.args.device), reduction="sum")
+        return total.item() / len(self._questions)

@@ -100,7 +100,7 @@ class PairTrainer(RunTrainer):
         Args:
             model, settings, tokenizer, train_rows, validation_rows, kwargs: see `RunTrainer`.
         """
-        self._evaluated, self._seen = PairSums(), set[int]()
+        self._evaluated = PairSums()
         super().__init__(
             model,
             settings,
@@ -144,17 +144,9 @@ class PairTrainer(RunTrainer):
         self._evaluated.add(figures)
         return figures["loss"].mean(), None, None
 
-    def _find_copies(self, rows: list[int]) -> torch.Tensor:
-        """(B,), True for rows that were added so that all processes have the same number of full batches."""
-        batches = [self._validation_positions[row] // self.args.eval_batch_size for row in rows]
-        is_own = [batch % self.args.world_size == self.args.process_index for batch in batches]
-        is_copy = [not own or row in self._seen for row, own in zip(rows, is_own)]
-        self._seen.update(rows)
-        return torch.tensor(is_copy)
-
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluates; figures are means over all pairs, whatever the batch size and the number of processes."""
-        self._evaluated, self._seen = PairSums(), set()
+        self._evaluated = PairSums()
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         for name, mean in self._evaluated.collect(self.EVALUATED, self._add_up).items():
