@@ -201,7 +201,9 @@ def check_reward_model(folder: str | Path) -> Path | None:
         return Path(config.base_model)
     if not (folder / "config.json").is_file():
         there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
-        raise SettingsError(f"--reward_model {folder} is no model and no adapter: it has no config.json ({there})")
+        raise SettingsError(
+            f"--reward_model {folder} is no model and no adapter: it has no config.json (found: {there or 'nothing'})"
+        )
     # Loaded as one, a language model would get a new, random score head.
     architectures = ChatGLM3Config.from_pretrained(str(folder)).architectures or []
     if not any("SequenceClassification" in name for name in architectures):
