@@ -241,6 +241,31 @@ def make_checkpoint(output: Path, step: int) -> Path:
     return folder
 
 
+def test_a_checkpoint_with_a_flipped_bit_is_passed_over(tmp_path, caplog):
+    for step in (1, 2):
+        partial = checkpoints.start_partial(tmp_path / f"checkpoint-{step}")
+        (partial / "optimizer.pt").write_bytes(bytes(5000))
+        checkpoints.publish_checkpoint(tmp_path / f"checkpoint-{step}", {"step": step})
+    assert checkpoints.find_last_checkpoint(tmp_path).name == "checkpoint-2"
+    damaged = bytearray(5000)
+    damaged[4321] = 1
+    (tmp_path / "checkpoint-2" / "optimizer.pt").write_bytes(damaged)
+    assert checkpoints.find_last_checkpoint(tmp_path).name == "checkpoint-1"
+    assert "passing over a checkpoint" in caplog.text and "the SHA-256 of optimizer.pt is" in caplog.text
+
+
+def test_checkpoints_of_the_first_versions_are_read(tmp_path):
+    """Their manifests hold sizes alone."""
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "optimizer.pt").write_bytes(bytes(10))
+    manifest = tmp_path / "checkpoint-3" / checkpoints.MANIFEST
+    manifest.write_text(json.dumps({"step": 3, "method": "P-Tuning v2", "files": {"optimizer.pt": 10}}))
+    assert checkpoints.read_whole_checkpoint(tmp_path / "checkpoint-3")["step"] == 3
+    (tmp_path / "checkpoint-3" / "optimizer.pt").write_bytes(bytes(9))
+    with pytest.raises(SettingsError, match="has 9 bytes, expected 10 bytes"):
+        checkpoints.read_whole_checkpoint(tmp_path / "checkpoint-3")
+
+
 def test_only_whole_checkpoints_are_found(tmp_path):
     assert checkpoints.find_last_checkpoint(tmp_path / "nowhere") is None
     whole = make_checkpoint(tmp_path, 500)

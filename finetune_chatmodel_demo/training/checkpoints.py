@@ -1,10 +1,12 @@
 """Checkpoints that are whole or not there: written beside, flushed to disk, then renamed.
 
-`checkpoint-500` is first written as `.partial-checkpoint-500`. A manifest with the size of every file is written last;
-a folder whose files disagree with it (a full disk, a lost power supply, a bad copy) is not resumed from.
+`checkpoint-500` is first written as `.partial-checkpoint-500`. A manifest with the size and the SHA-256 of every file is
+written last; a folder whose files disagree with it (a full disk, a lost power supply, a bad copy) is not resumed from.
 """
 
+import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -15,6 +17,9 @@ from finetune_chatmodel_demo.training.arguments import SettingsError
 MANIFEST = "checkpoint_manifest.json"
 PARTIAL_PREFIX = ".partial-"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+READ_BYTES = 2**22
+
+logger = logging.getLogger(__name__)
 
 
 def partial_folder(folder: Path) -> Path:
@@ -41,9 +46,12 @@ def publish_checkpoint(folder: Path, content: dict[str, object]) -> None:
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     for path in files:
         _flush(path)
-    sizes = {path.relative_to(partial).as_posix(): path.stat().st_size for path in files}
+    found = {
+        path.relative_to(partial).as_posix(): {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+        for path in files
+    }
     manifest = partial / MANIFEST
-    manifest.write_text(json.dumps({**content, "files": sizes}, ensure_ascii=False, indent=1), encoding="utf-8")
+    manifest.write_text(json.dumps({**content, "files": found}, ensure_ascii=False, indent=1), encoding="utf-8")
     _flush(manifest)
     _flush(partial)
     if folder.exists():
@@ -71,11 +79,11 @@ def publish_files(partial: Path, folder: Path) -> None:
     _flush(folder)
 
 
-def read_whole_checkpoint(folder: str | Path) -> dict[str, object]:
-    """Returns the manifest of a checkpoint after comparing every file with it.
+def read_manifest(folder: str | Path) -> dict[str, object]:
+    """Returns the manifest of a checkpoint, whose files are not looked at.
 
     Raises:
-        SettingsError: when the checkpoint is not whole; the message says why.
+        SettingsError: when there is none; the message says why.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -84,16 +92,41 @@ def read_whole_checkpoint(folder: str | Path) -> dict[str, object]:
         raise SettingsError(f"the checkpoint {folder} has no {MANIFEST}: it was not finished, or not written here")
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        sizes = dict(manifest["files"])
+        dict(manifest["files"])
     except (ValueError, KeyError, TypeError) as error:
         raise SettingsError(f"{folder / MANIFEST} cannot be read: {error!r}") from error
-    for name, size in sizes.items():
+    return manifest
+
+
+def read_whole_checkpoint(folder: str | Path) -> dict[str, object]:
+    """Returns the manifest of a checkpoint after comparing every byte of it.
+
+    Raises:
+        SettingsError: when the checkpoint is not whole; the message says why.
+    """
+    folder, manifest = Path(folder), read_manifest(folder)
+    for name, expected in manifest["files"].items():
+        # The first versions of this project wrote sizes alone.
+        size, digest = (expected, None) if isinstance(expected, int) else (expected["bytes"], expected["sha256"])
         path = folder / name
         found = path.stat().st_size if path.is_file() else None
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes"
             raise SettingsError(f"the checkpoint {folder} is damaged: {name} {state}, expected {size} bytes")
+        if digest is not None and (other := hash_file(path)) != digest:
+            raise SettingsError(
+                f"the checkpoint {folder} is damaged: the SHA-256 of {name} is {other[:12]}…, expected {digest[:12]}…"
+            )
     return manifest
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -106,11 +139,12 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def find_last_checkpoint(output_dir: str | Path) -> Path | None:
-    """Returns the newest whole checkpoint in `output_dir`, or None."""
+    """Returns the newest whole checkpoint in `output_dir`, or None; says which ones it passes over, and why."""
     for checkpoint in reversed(list_checkpoints(output_dir)):
         try:
             read_whole_checkpoint(checkpoint)
-        except SettingsError:
+        except SettingsError as error:
+            logger.warning("passing over a checkpoint: %s", error)
             continue
         return checkpoint
     return None

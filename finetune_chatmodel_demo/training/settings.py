@@ -26,6 +26,7 @@ from finetune_chatmodel_demo.training.arguments import (
 from finetune_chatmodel_demo.training.checkpoints import (
     find_last_checkpoint,
     list_checkpoints,
+    read_manifest,
     read_whole_checkpoint,
 )
 from finetune_chatmodel_demo.training.checks import check_files, check_settings, has_gpu, trains
@@ -248,9 +249,20 @@ def _default_evaluation(settings: Settings) -> dict[str, object]:
     """Evaluation at each checkpoint, when there is something to evaluate on."""
     if not settings.has_validation or not settings.does_train:
         return {}
-    strategy = settings.given.get("save_strategy", "steps")
-    steps = settings.given.get("save_steps", 500) if strategy == "steps" else None
-    return {"eval_strategy": strategy, "eval_steps": steps}
+    given, stops_early = settings.given, settings.run.early_stopping_patience is not None
+    strategy = given.get("save_strategy", "steps")
+    strategy = "steps" if strategy == "best" else strategy
+    defaults = {"eval_strategy": strategy}
+    if strategy == "steps":
+        defaults["eval_steps"] = given.get("save_steps", 500)
+    if stops_early:
+        defaults |= {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
+        defaults["restore_callback_states_from_checkpoint"] = True
+    if given.get("load_best_model_at_end", stops_early) and not {"save_steps", "save_strategy"} & given.keys():
+        # The best evaluation has to have a checkpoint.
+        ends = [end for end in ("steps", "strategy") if f"eval_{end}" in given]
+        defaults |= {f"save_{end}": given[f"eval_{end}"] for end in ends}
+    return defaults
 
 
 def _find_checkpoint(training: TrainingArguments, settings: Settings) -> Path | None:
@@ -260,7 +272,7 @@ def _find_checkpoint(training: TrainingArguments, settings: Settings) -> Path | 
         return None
     if is_true(wanted):
         checkpoint = find_last_checkpoint(training.output_dir)
-        manifest = read_whole_checkpoint(checkpoint) if checkpoint else {}
+        manifest = read_manifest(checkpoint) if checkpoint else {}
     else:
         checkpoint = Path(wanted)
         manifest = read_whole_checkpoint(checkpoint)

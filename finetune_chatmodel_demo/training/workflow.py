@@ -11,9 +11,10 @@ from finetune_chatmodel_demo.chatglm3.loading import load_tokenizer
 from finetune_chatmodel_demo.conversation.records import RecordError
 from finetune_chatmodel_demo.conversation.stage_data import StageData, build_stage_data
 from finetune_chatmodel_demo.training.arguments import SettingsError
+from finetune_chatmodel_demo.training.callbacks import stopped_early
 from finetune_chatmodel_demo.training.checkpoints import (
     list_checkpoints,
-    read_whole_checkpoint,
+    read_manifest,
     remove_checkpoint,
     remove_leftovers,
 )
@@ -120,7 +121,7 @@ def _changes_since(settings: Settings, trainer: RunTrainer) -> list[str]:
     """Names what differs from the run that wrote the checkpoint."""
     if settings.checkpoint is None:
         return []
-    before = dict(read_whole_checkpoint(settings.checkpoint).get("run", {}))
+    before = dict(read_manifest(settings.checkpoint).get("run", {}))
     now = trainer.describe_run()
     changes = [f"{key} was {before[key]}, is {now[key]}" for key in now if key in before and before[key] != now[key]]
     if not changes:
@@ -149,14 +150,16 @@ def _train(settings: Settings, trainer: RunTrainer) -> None:
         trainer.train()
         return
     state = trainer.state.load_from_json(str(checkpoint / "trainer_state.json"))
-    if state.global_step >= count_steps(trainer):
+    if state.global_step >= count_steps(trainer) or stopped_early(state, settings.run):
         # Trainer would make one more step, so that a restart loop would never come to rest.
         logger.info(
-            "%s is the end of the run already: no step is left (--max_steps adds some, --overwrite_output_dir starts "
-            "anew)",
+            "%s is the end of the run already: no step is left (%s adds some, --overwrite_output_dir starts anew)",
             checkpoint,
+            "--early_stopping_patience" if stopped_early(state, settings.run) else "--max_steps",
         )
         trainer.state = state
+        if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
+            trainer._load_best_model()
         return
     trainer.train(resume_from_checkpoint=str(checkpoint))
 
@@ -176,7 +179,7 @@ def _save_results(settings: Settings, trainer: RunTrainer) -> None:
     folder, log, stage = settings.training.output_dir, trainer.state.log_history, settings.stage.stage
     results = {"eval": describe_evaluation(log, stage)}
     if settings.does_train:
-        resumed = read_whole_checkpoint(settings.checkpoint)["step"] if settings.checkpoint else 0
+        resumed = read_manifest(settings.checkpoint)["step"] if settings.checkpoint else 0
         results["train"] = describe_training(log, trainer.state.global_step, resumed)
     for split, metrics in results.items():
         if metrics:
