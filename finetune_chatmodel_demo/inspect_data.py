@@ -1,10 +1,12 @@
-"""Shows what the model will be trained on: ids, labels and loss mask of any row, and a summary of the file.
+"""Shows what the model will be trained on: ids, labels and loss mask of any row of any stage, and a summary.
 
     python finetune_chatmodel_demo/inspect_data.py --train_file X.jsonl --tokenizer THUDM/chatglm3-tiny --row 0 7
     python finetune_chatmodel_demo/inspect_data.py --train_file X.jsonl --tokenizer THUDM/chatglm3-tiny --html x.html
     python finetune_chatmodel_demo/inspect_data.py --train_file X.jsonl --tokenizer THUDM/chatglm3-tiny --json
+    python finetune_chatmodel_demo/inspect_data.py --stage dpo --dataset a,b --tokenizer THUDM/chatglm3-tiny
 
-The data flags are those of finetune.py. Rows are counted from 0, and are those that training sees.
+The data flags are those of finetune.py. Rows are counted from 0, and are those that training sees, mixed and cut like
+there: conversations (sft), blocks of documents (pt), a prompt with two replies (rm, dpo), a prompt (ppo).
 """
 
 import argparse
@@ -17,8 +19,10 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from finetune_chatmodel_demo.conversation.arguments import add_data_arguments, read_data_arguments
-from finetune_chatmodel_demo.conversation.datasets import ConversationDataset, build_dataset
-from finetune_chatmodel_demo.conversation.viewing import format_html, format_row, format_summary
+from finetune_chatmodel_demo.conversation.records import STAGE_KINDS
+from finetune_chatmodel_demo.conversation.stage_data import StageData, build_stage_data
+from finetune_chatmodel_demo.conversation.viewing import format_row, format_summary
+from finetune_chatmodel_demo.conversation.viewing_html import format_html
 
 HTML_ROWS = 50
 
@@ -32,13 +36,19 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--tokenizer", required=True, help="Folder with the tokenizer, e.g. THUDM/chatglm3-6b.")
+    parser.add_argument("--stage", choices=tuple(STAGE_KINDS), default="sft", help="What the rows are for [sft].")
     parser.add_argument(
         "--row",
         type=int,
         nargs="+",
-        help=f"Rows to show, of --train_file where both files are given [terminal: 0, --html: the first {HTML_ROWS}, "
-        "--json: all].",
+        help=f"Rows to show [terminal: 0, --html: the first {HTML_ROWS}, --json: all].",
     )
+    parser.add_argument(
+        "--part",
+        choices=("train", "validation"),
+        help="Whose rows to show [train, where there is data to train on].",
+    )
+    parser.add_argument("--seed", type=int, default=42, help="Of --val_size and --interleave_probs, as a run's [42].")
     parser.add_argument("--html", metavar="OUT.html", help="Write a self-contained page instead of printing rows.")
     parser.add_argument("--json", action="store_true", help="Print rows as JSON lines, and nothing else, on stdout.")
     add_data_arguments(parser)
@@ -55,14 +65,16 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         data = read_data_arguments(options)
-        paths = [path for path in (data.train_file, data.validation_file) if path]
-        if not paths:
-            raise ValueError("give --train_file or --validation_file")
+        has_train = bool(data.train_file or data.dataset)
+        if not (has_train or data.validation_file or data.eval_dataset):
+            raise ValueError("give --train_file or --validation_file, or --dataset or --eval_dataset")
         from finetune_chatmodel_demo.chatglm3 import load_tokenizer  # heavy: not for --help
 
         tokenizer = load_tokenizer(options.tokenizer)
-        datasets = [build_dataset(data.train_format, path, tokenizer, **data.dataset_options()) for path in paths]
-        show(options, tokenizer, datasets)
+        if data.streaming:
+            raise ValueError("--streaming is for training; drop it, and give --max_samples 100 to read no further")
+        built = build_stage_data(data, options.stage, tokenizer, options.seed, needs_train=has_train)
+        show(options, tokenizer, built)
     except BrokenPipeError:
         # The reader (head, less) has seen enough; keep the interpreter from flushing into the closed pipe at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -70,26 +82,30 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"{parser.prog}: {error}")
 
 
-def show(options: argparse.Namespace, tokenizer, datasets: list[ConversationDataset]) -> None:
-    """Prints the summaries, and shows the rows of the first data set in the form that was asked for."""
-    shown = datasets[0]
+def show(options: argparse.Namespace, tokenizer, built: StageData) -> None:
+    """Prints the summaries and the table, and shows rows in the form that was asked for."""
+    parts = {name: getattr(built, name) for name in ("train", "validation") if getattr(built, name) is not None}
+    shown = parts.get(options.part or next(iter(parts)))
+    if shown is None:
+        raise ValueError(f"there are no rows of --part {options.part}; there are those of {', '.join(parts)}")
     wanted = options.row
     for row in wanted or ():
         if not 0 <= row < len(shown):
             raise ValueError(f"--row {row} does not exist; {shown.report.path} has rows 0 to {len(shown) - 1}")
     summary_stream = sys.stderr if options.json else sys.stdout
-    print("\n\n".join(map(format_summary, datasets)), file=summary_stream)
+    print("\n\n".join([*map(format_summary, parts.values()), built.table]), file=summary_stream)
     if options.html:
         rows = wanted or list(range(min(HTML_ROWS, len(shown))))
-        Path(options.html).write_text(format_html(tokenizer, shown, rows), encoding="utf-8")
+        Path(options.html).write_text(format_html(tokenizer, shown, rows, built.table), encoding="utf-8")
         print(f"\n{len(rows)} rows written to {options.html}", file=summary_stream)
     if options.json:
         for row in wanted or range(len(shown)):
             print(json.dumps(shown[row]))
     elif not options.html:
         for row in wanted or [0]:
+            starts = shown.document_starts(row) if options.stage == "pt" else ()
             title = f"row {row} ({shown.where(row)})"
-            print("\n" + format_row(tokenizer, shown[row], title, use_color=wants_color(sys.stdout)))
+            print("\n" + format_row(tokenizer, shown[row], title, wants_color(sys.stdout), starts))
     sys.stdout.flush()
 
 

@@ -265,5 +265,5 @@ def describe(
         if rows is not None:
             held_out = f", --val_size {data.val_size:g}" if data.val_size and name == "validation" else ""
             mixed = how if name == "train" else held_out
-            lines.append(f"{name + ':':<12}{len(rows):,} {unit}, {sum(rows.lengths):,} tokens{mixed}")
+            lines.append(f"{name + ':':<12}{len(rows):,} {unit}, {rows.report.tokens_total:,} tokens{mixed}")
     return "\n".join(lines)
