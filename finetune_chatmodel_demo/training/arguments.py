@@ -163,3 +163,19 @@ class RunArguments:
         metadata={"help": "Start anew although --output_dir holds checkpoints of an earlier run; removes them."},
     )
     plot_loss: bool = field(default=True, metadata={"help": "Draw the loss curve into --output_dir."})
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Stop after so many evaluations in which --metric_for_best_model did not improve."},
+    )
+    early_stopping_threshold: float = field(default=0.0, metadata={"help": "What counts as an improvement."})
+    eval_questions: int = field(
+        default=0,
+        metadata={
+            "help": "Replies of the validation data that each evaluation lets the model write; eval_exact is the share "
+            "that it writes exactly (--metric_for_best_model exact)."
+        },
+    )
+    overfit_check: int | None = field(
+        default=None,
+        metadata={"help": "Self-test instead of a run: train on N rows until their replies are reproduced exactly."},
+    )

@@ -1,16 +1,52 @@
 """What happens beside the steps: the order of an epoch, tokens per second, a warning when nothing is learned."""
 
 import logging
+import random
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
+
+from finetune_chatmodel_demo.training.arguments import RunArguments
 
 if TYPE_CHECKING:
     from finetune_chatmodel_demo.training.run_trainer import RunTrainer
 
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Within this context random numbers may be drawn; afterwards all generators go on where they were."""
+    python, arrays, cpu = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
+        torch.random.set_rng_state(cpu)
+        if devices:
+            torch.cuda.set_rng_state_all(devices)
+
+
+def build_early_stopping(run: RunArguments) -> list[TrainerCallback]:
+    """transformers' early stopping, where it was asked for."""
+    if run.early_stopping_patience is None:
+        return []
+    return [EarlyStoppingCallback(run.early_stopping_patience, run.early_stopping_threshold)]
+
+
+def stopped_early(state: TrainerState, run: RunArguments) -> bool:
+    """Whether the patience of the command line was at its end when a checkpoint's state was saved."""
+    kept = state.stateful_callbacks.get(EarlyStoppingCallback.__name__)
+    if run.early_stopping_patience is None or not kept:
+        return False
+    return kept["attributes"]["early_stopping_patience_counter"] >= run.early_stopping_patience
 
 
 class EpochOrder(TrainerCallback):

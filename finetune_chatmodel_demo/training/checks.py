@@ -86,7 +86,7 @@ def check_files(
     if not given.get("output_dir"):
         raise SettingsError("--output_dir is missing: the folder for checkpoints and the result")
     deepspeed = given.get("deepspeed")
-    if isinstance(deepspeed, str) and not deepspeed.startswith("{") and not Path(deepspeed).is_file():
+    if deepspeed and isinstance(deepspeed, str) and deepspeed[0] != "{" and not Path(deepspeed).is_file():
         raise SettingsError(f"--deepspeed {deepspeed} does not exist")
 
 
@@ -236,6 +236,7 @@ def _check_unsupported(given: dict[str, object]) -> None:
 
 def _check_evaluation(settings: "Settings") -> None:
     given = settings.given
+    _check_best(settings)
     if settings.has_validation:
         return
     how = "give --validation_file, --eval_dataset or --val_size"
@@ -245,6 +246,41 @@ def _check_evaluation(settings: "Settings") -> None:
         raise SettingsError(f"evaluation needs --validation_file or the like: {how}, or drop --eval_strategy/--do_eval")
     if given.get("lr_scheduler_type") == "reduce_lr_on_plateau":
         raise SettingsError(f"reduce_lr_on_plateau follows the validation loss, and there is no validation data: {how}")
+
+
+def _check_best(settings: "Settings") -> None:
+    """What chooses the best checkpoint and the end of a run, and what it needs."""
+    run, given, stage = settings.run, settings.given, settings.stage.stage
+    if run.early_stopping_patience is not None:
+        if run.early_stopping_patience < 1:
+            raise SettingsError(
+                f"--early_stopping_patience is {run.early_stopping_patience}; give 1 or more evaluations, e.g. 3"
+            )
+        if not settings.has_validation:
+            raise SettingsError(
+                "--early_stopping_patience follows the evaluations, and there is no validation data: give "
+                "--validation_file, --eval_dataset or --val_size"
+            )
+        if "no" in (given.get("eval_strategy"), given.get("save_strategy") if "eval_strategy" not in given else None):
+            raise SettingsError(
+                "--early_stopping_patience follows the evaluations, and --eval_strategy (or --save_strategy) no makes "
+                "none; use steps or epoch"
+            )
+    elif "early_stopping_threshold" in given:
+        raise SettingsError("--early_stopping_threshold belongs to --early_stopping_patience N; add it")
+    if run.eval_questions < 0:
+        raise SettingsError(f"--eval_questions is {run.eval_questions}; give a number of replies, e.g. 100, or 0")
+    if run.eval_questions and stage not in ("pt", "sft"):
+        raise SettingsError(f"--eval_questions asks for replies, which --stage {stage} does not train; drop it")
+    if run.eval_questions and stage == "pt":
+        raise SettingsError("--eval_questions asks for replies, and the rows of --stage pt have none; drop it")
+    if run.eval_questions and not settings.has_validation:
+        raise SettingsError(
+            "--eval_questions asks for replies of the validation data, and there is none: give --validation_file, "
+            "--eval_dataset or --val_size"
+        )
+    if str(given.get("metric_for_best_model")) in ("exact", "eval_exact") and not run.eval_questions:
+        raise SettingsError("--metric_for_best_model exact needs --eval_questions N, e.g. 100, which measures it")
 
 
 def _check_streaming(settings: "Settings") -> None:
