@@ -475,9 +475,7 @@ def test_preference_records_are_checked():
         with pytest.raises(RecordError) as caught:
             validate_preference({**good, **change}, "f")
         assert str(caught.value) == message
-    with pytest.raises(
-        RecordError, match=r"key 'rejected' is missing; .*did you mean 'rejected' where it says 'worse'"
-    ):
+    with pytest.raises(RecordError, match="did you mean 'rejected' where it says 'worse'"):
         validate_preference({**{k: good[k] for k in ("conversations", "chosen")}, "worse": good["rejected"]}, "f")
 
 

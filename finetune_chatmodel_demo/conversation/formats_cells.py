@@ -35,11 +35,10 @@ def need_cell(row: dict[str, Any], role: str, entry: DatasetEntry, where: str) -
 
 def need_text(row: dict[str, Any], role: str, entry: DatasetEntry, where: str) -> str:
     """The text of the cell that plays a role, which must be there and not be empty."""
-    text = read_text(need_cell(row, role, entry, where), getattr(entry.columns, role), where)
+    column = getattr(entry.columns, role)
+    text = read_text(need_cell(row, role, entry, where), column, where)
     if not text.strip():
-        raise RecordError(
-            f"{where}: {getattr(entry.columns, role)!r} is empty; a {'prompt' if role == 'prompt' else 'reply'} needs text"
-        )
+        raise RecordError(f"{where}: {column!r} is empty; a {'prompt' if role == 'prompt' else 'reply'} needs text")
     return text
 
 
