@@ -28,6 +28,7 @@ RENAMED = {
     "reward_model_adapters": "reward_model",
     "ppo_logger": "report_to",
     "quantization_bits": "quantization_bit",
+    "early_stopping_steps": "early_stopping_patience",
     "sft_packing": "packing",
     "neat_packing": "packing",  # packed conversations never see each other here
 }
@@ -117,8 +118,7 @@ REPLACED = {
     "pref_bco_weight": "--pref_loss is sigmoid, hinge or ipo",
     "simpo_gamma": "--pref_loss is sigmoid, hinge or ipo",
     "ld_alpha": "--pref_loss is sigmoid, hinge or ipo",
-    "compute_accuracy": "evaluate.py counts exact answers",
-    "early_stopping_steps": "use --load_best_model_at_end True, which ends with the best checkpoint",
+    "compute_accuracy": "--eval_questions N counts exact replies while training, evaluate.py afterwards",
     "block_size": "use --max_seq_length",
     "adafactor": "use --optim adafactor",
     "sharded_ddp": "use --deepspeed finetune_chatmodel_demo/configs/ds_zero2.json",
