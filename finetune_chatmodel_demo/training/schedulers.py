@@ -57,8 +57,6 @@ def check_scheduler(training: TrainingArguments, given: dict[str, object], notic
         SettingsError: for arguments that the schedule does not have or does not take.
     """
     name, options = SchedulerType(training.lr_scheduler_type), training.lr_scheduler_kwargs or {}
-    if name == SchedulerType.REDUCE_ON_PLATEAU and given.get("stage") == "ppo":
-        raise SettingsError("reduce_lr_on_plateau follows the validation loss, which --stage ppo has not; use cosine")
     known = list_options(name)
     for option in options:
         if option not in known:
