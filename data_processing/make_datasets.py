@@ -87,11 +87,14 @@ def preferences(rows: list[Row], template: "Template", split: str, seed: int) ->
     phrasings = "train" if split == "train" else "validation"
     name = template.subject.placeholder
     for row in rows:
-        draw = random.Random(f"{seed}|preference|{row[NAME]}")
-        for question in draw.sample(template.questions, PREFERENCE_COLUMNS)[: COLUMNS_ASKED[split]]:
+        # The splits draw the same questions and the same order of false answers, of which each takes others.
+        key = f"{seed}|preference|{row[NAME]}"
+        questions = random.Random(key).sample(template.questions, PREFERENCE_COLUMNS)
+        for question in questions[: COLUMNS_ASKED[split]]:
+            draw = random.Random(f"{key}|{question.column}")
             false = _false_answers(question, row, rows, draw)[FALSE_ANSWERS[split]]
-            wordings = [phrase for phrase in question.phrasings[phrasings] if name in phrase.names]
-            for phrase, answer in zip(draw.sample(wordings, len(false)), false):
+            pool = [phrase for phrase in question.phrasings[phrasings] if name in phrase.names]
+            for phrase, answer in zip(draw.sample(pool, len(false)), false):
                 yield {
                     "instruction": phrase.fill({**row, name: row[NAME]}),
                     "output": [_answer(question, row), answer],

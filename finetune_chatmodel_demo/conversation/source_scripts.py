@@ -11,6 +11,8 @@ which `datasets` itself runs no more. README.md in `data_processing/datasets` ha
 
 import importlib.util
 import inspect
+import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -90,9 +92,10 @@ def _find_script(entry: DatasetEntry, dataset_dir: Path) -> Path:
 
 
 def _import_script(path: Path) -> ModuleType:
-    """Executes the file as a module of its own, which no other import finds."""
+    """Executes the file as a module under a name of its own; `datasets` looks a builder's module up by its name."""
     spec = importlib.util.spec_from_file_location(f"dataset_script_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 
@@ -117,14 +120,17 @@ def _run_builder(builder_class: type, entry: DatasetEntry, path: Path) -> Iterat
     """Rows of the builder form: one split's generator, without the tables that `datasets` would write."""
     import datasets
 
-    is_subclass = issubclass(builder_class, datasets.DatasetBuilder)
-    builder = builder_class(config_name=entry.subset, data_dir=entry.folder) if is_subclass else builder_class()
-    generators = builder._split_generators(datasets.DownloadManager(data_dir=entry.folder))
-    splits = {str(generator.name): generator for generator in generators}
-    if entry.split not in splits:
-        raise RegistryError(f"{entry.where}: {path} has no split {entry.split!r}; it has {', '.join(splits)}")
-    for _, row in builder._generate_examples(**splits[entry.split].gen_kwargs):
-        yield row
+    with tempfile.TemporaryDirectory() as cache:
+        options: dict[str, Any] = {}
+        if issubclass(builder_class, datasets.DatasetBuilder):
+            options = {"cache_dir": cache, "config_name": entry.subset, "data_dir": entry.folder}
+        builder = builder_class(**options)
+        generators = builder._split_generators(datasets.DownloadManager(data_dir=entry.folder))
+        splits = {str(generator.name): generator for generator in generators}
+        if entry.split not in splits:
+            raise RegistryError(f"{entry.where}: {path} has no split {entry.split!r}; it has {', '.join(splits)}")
+        for _, row in builder._generate_examples(**splits[entry.split].gen_kwargs):
+            yield row
 
 
 def _script_error(entry: DatasetEntry, path: Path, error: Exception, when: str) -> RegistryError:
