@@ -348,3 +348,9 @@ def test_own_registry_has_the_pokemon_data_and_a_sample_of_every_format():
     assert {name: (registry[name].formatting, registry[name].ranking) for name in samples} == samples
     assert {entry.origin for entry in registry.values()} == {"file", "script", "hf_hub"}
     assert {"function_call", "alpaca_gpt4_en", "alpaca_gpt4_zh"} <= set(registry), "the document's command names these"
+
+
+def test_the_readme_explains_every_key_and_names_every_data_set():
+    text = (OWN / "README.md").read_text(encoding="utf-8")
+    missing = [key for key in (*TOP_KEYS, *COLUMN_KEYS, *TAG_KEYS, *read_registry(OWN)) if f"`{key}`" not in text]
+    assert missing == []
