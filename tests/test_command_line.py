@@ -1,17 +1,21 @@
 """finetune.py's command line: the document's command, what can be repaired in it, and what is diagnosed."""
 
 import json
+import math
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from training_helpers import make_model
 
 from finetune_chatmodel_demo import finetune
 from finetune_chatmodel_demo.training import foreign_flags, pasted
 from finetune_chatmodel_demo.training.arguments import SettingsError
 from finetune_chatmodel_demo.training.command_line import build_parser, parse_given
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 # The command of the users' document, character by character: comments and blanks behind its backslashes included.
 DOCUMENT = r"""
 CUDA_VISIBLE_DEVICES=0 python src/train_bash.py \
@@ -159,6 +163,45 @@ def test_a_file_with_a_backslash_in_its_name_is_left_alone(tmp_path, monkeypatch
     except OSError:
         pytest.skip("no such names here")
     assert parse_given(["--output_dir", "a\\b"]) == ({"output_dir": "a\\b"}, [])
+
+
+@pytest.fixture
+def documents_folder(tmp_path, tiny_folder, monkeypatch) -> Path:
+    """A folder as the document has it: its model's name, and a registry `data` with its three data sets."""
+    make_model(tmp_path / "THUDM" / "chatglm3-6b-base", tiny_folder)
+    samples = REPOSITORY / "data_processing" / "datasets"
+    blocks = json.loads((samples / "dataset_info.json").read_text(encoding="utf-8"))
+    names = {"function_call": "function_call", "alpaca_gpt4_en": "alpaca_sample", "alpaca_gpt4_zh": "alpaca_sample"}
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({a: blocks[b] for a, b in names.items()}))
+    for name in names.values():
+        shutil.copy(samples / blocks[name]["file_name"], tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_documents_command_trains(arrive, documents_folder):
+    """As it stands there, without the comments, and without --fp16 where there is no GPU."""
+    command = "\n".join(line.partition(" #")[0].rstrip() for line in DOCUMENT.splitlines())
+    folder = r"saves\ChatGLM3-6B-Base\lora\train_full"
+    argv = arrive(command.replace(folder, f"'{folder}'"))
+    assert finetune.main([*argv, "--use_cpu", "True", "--fp16", "False", "--cutoff_len", "512"]) == 0
+    output = documents_folder / "saves" / "ChatGLM3-6B-Base" / "lora" / "train_full"
+    names = {"adapter_config.json", "adapter_model.safetensors", "trainer_log.jsonl", "all_results.json"}
+    assert names | {"training_loss.png", "train_results.json"} <= {path.name for path in output.iterdir()}
+    settings = json.loads((output / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"], settings["lora_dropout"]) == (8, 16, 0.1)
+    results = json.loads((output / "train_results.json").read_text())
+    assert results["epoch"] == 10 and math.isfinite(results["train_loss"])
+    lines = [json.loads(line) for line in (output / "trainer_log.jsonl").read_text().splitlines()]
+    logged = [line["loss"] for line in lines if "loss" in line]
+    assert logged[-1] < logged[0]
+
+
+def test_the_documents_fp16_needs_a_gpu(arrive, documents_folder, capsys):
+    command = "\n".join(line.partition(" #")[0].rstrip() for line in DOCUMENT.splitlines())
+    assert finetune.main([*arrive(command), "--use_cpu"]) == 1
+    assert "--fp16 needs a GPU, and there is none; drop --fp16" in capsys.readouterr().err
 
 
 # Broken continuations
