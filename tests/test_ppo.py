@@ -4,12 +4,17 @@ import dataclasses
 import gc
 import json
 import math
+import os
+import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_helpers import flags, make_model, train, write_conversations
+from training_helpers import flags, make_model, read_log, train, write_conversations
 
 from finetune_chatmodel_demo.chatglm3 import load_model
 from finetune_chatmodel_demo.chatglm3.adapters import load_adapter
@@ -19,6 +24,7 @@ from finetune_chatmodel_demo.training.settings import decide_settings
 from finetune_chatmodel_demo.training.stages import ppo_rollouts, ppo_settings
 from finetune_chatmodel_demo.training.stages.ppo_policy import ReplyRows, build_rows
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 METHODS = {
     "lora": {"finetuning_type": "lora", "lora_dropout": 0.5, "learning_rate": 1e-2},
     "ptuning": {"finetuning_type": "ptuning", "pre_seq_len": 4, "learning_rate": 1e-2},
@@ -474,8 +480,6 @@ def test_a_prompt_without_room_for_a_reply_is_named(model, files, tmp_path, caps
     ],
 )
 def test_impossible_runs_are_refused_before_loading(model, files, tmp_path, changes, message, monkeypatch, capsys):
-    import re
-
     monkeypatch.setattr(workflow, "prepare_model", lambda *_: pytest.fail("the model was loaded"))
     argv = options(files, **changes)
     if changes.get("stage") == "sft":
@@ -504,3 +508,87 @@ def test_a_reward_is_checked_without_training(model, files, tmp_path):
     assert trainer.state.log_history[-1]["eval_reward"] > 0
     assert not (tmp_path / "o" / "adapter_config.json").exists()
     assert json.loads((tmp_path / "o" / "settings.json").read_text())["stage"] == "ppo"
+
+
+# Other processes
+
+
+@pytest.mark.slow
+def test_two_processes_learn_as_one(model, files, tmp_path):
+    """The likeliest tokens in place of drawn ones (--top_k 1): both then have the same replies.
+
+    The two processes stop in the middle of a rollout, and go on from there.
+    """
+    changes = {"top_k": 1, "ppo_whiten_rewards": True, "ppo_score_norm": True, "lr_scheduler_type": "constant"}
+    changes |= {"validation_file": files / "validation.jsonl", "save_steps": 3}
+    one = run(model, files, tmp_path / "one", max_steps=5, **changes)
+    for steps in (3, 5):
+        argv = options(files, max_steps=steps, gradient_accumulation_steps=1, resume_from_checkpoint=True, **changes)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        command += [REPOSITORY / "finetune_chatmodel_demo" / "finetune.py"]
+        command += flags(model, files / "train.jsonl", tmp_path / "two", ddp_backend="gloo", **argv)
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    names = {path.name for path in (tmp_path / "two" / "checkpoint-3").iterdir()}
+    assert {"ppo_state.pt", "ppo_rollout_0.pt", "ppo_rollout_1.pt"} <= names
+    for key in ("loss", "grad_norm", "reward", "reward_std", "kl", "kl_coef", "entropy", "explained_variance", "epoch"):
+        logs = [[entry[key] for entry in log if "loss" in entry] for log in (read_log(tmp_path / "two"), entries(one))]
+        assert logs[0] == pytest.approx(logs[1], rel=1e-3, abs=1e-5), key
+    validated = [[e["eval_reward"] for e in read_log(tmp_path / name) if "eval_reward" in e] for name in ("two", "one")]
+    assert validated[0] == pytest.approx(validated[1]) and len(validated[0]) == 2
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], rtol=0, atol=1e-3)
+
+
+KILL = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+from finetune_chatmodel_demo import finetune
+from finetune_chatmodel_demo.training import checkpoints
+from finetune_chatmodel_demo.training.stages import ppo
+
+where, count = sys.argv[1], int(sys.argv[2])
+module, name = {"update": (ppo.PPOTrainer, "_learn_from"), "file": (checkpoints, "_flush")}[where]
+original, calls = getattr(module, name), []
+
+def die_in_time(*args, **kwargs):
+    calls.append(1)
+    if len(calls) == count:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+
+setattr(module, name, die_in_time)
+finetune.main(sys.argv[3:])
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_same_weights(model, files, tmp_path):
+    """Killed in the middle of an update, and of writing a checkpoint."""
+    changes = {"max_steps": 9, "save_steps": 3}
+    whole = run(model, files, tmp_path / "whole", **changes)
+    killed = tmp_path / "killed"
+    argv = flags(model, files / "train.jsonl", killed, **options(files, resume_from_checkpoint=True, **changes))
+    for where, count, last in (("update", 10, "checkpoint-3"), ("file", 8, "checkpoint-3")):
+        command = [sys.executable, "-c", KILL, where, str(count), *argv]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=REPOSITORY)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert checkpoints.find_last_checkpoint(killed).name == last
+    resumed = run(model, files, killed, resume_from_checkpoint=True, **changes)
+    assert entries(resumed) == entries(whole)
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "ptuning"])
+def test_a_quantized_base(model, files, tmp_path, method):
+    pytest.importorskip("bitsandbytes")
+    changes = METHODS[method] | {"quantization_bit": 4, "max_steps": 3}
+    log = entries(run(model, files, tmp_path / "o", **changes))
+    assert log[0]["ratio"] == pytest.approx(1, abs=1e-3)
+    assert all(math.isfinite(entry["loss"]) for entry in log)
+    assert log[-1]["kl_k3"] > 0

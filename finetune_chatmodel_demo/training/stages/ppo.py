@@ -127,6 +127,8 @@ class PPOTrainer(RunTrainer):
         self._begin(resume_from_checkpoint)
         first, started = self.state.global_step, time.time()
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
+        if self.args.eval_on_start:
+            self.evaluate()
         losses = []
         while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             losses.append(self._step())
@@ -423,7 +425,7 @@ class PPOTrainer(RunTrainer):
     def _load_ppo_state(self, folder: Path) -> None:
         if not (folder / STATE_FILE).is_file():
             raise SettingsError(f"{folder} has no {STATE_FILE} (--save_only_model?): PPO cannot be resumed from it")
-        state = torch.load(folder / STATE_FILE, map_location=self.args.device, weights_only=True)
+        state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
         self.policy.value_head.load_state_dict(state["value_head"])
         self.kl_control.coef = state["kl_coef"]
         self.score_moments.load(state["score_moments"])
@@ -440,7 +442,8 @@ class PPOTrainer(RunTrainer):
                 f"{folder} was written in the middle of a rollout, which can only be continued as it was begun: {now}"
             )
         file = folder / ROLLOUT_FILE.format(process=self.args.process_index)
-        self.rollout = Rollout(**torch.load(file, map_location=self.args.device, weights_only=True))
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        self.rollout = Rollout(**{name: value.to(self.args.device) for name, value in saved.items()})
 
     def describe_run(self) -> dict[str, Any]:
         """What decides the course of a run; a resumed run is compared with it."""
