@@ -74,7 +74,7 @@ def test_the_summary_counts(inspect, data_file):
     with open(data_file, "a", encoding="utf-8") as file:
         file.write('\n{"broken": 1}\n{"conversations": [{"role": "user", "content": "?"}]}\n')
     stdout, _ = inspect("--on_bad_record", "skip", "--validation_file", str(data_file))
-    assert stdout.count(str(data_file)) == 3, "a summary for each file, and the place of row 0"
+    assert stdout.count(str(data_file)) == 5, "a summary and a bad record for each file, and the place of row 0"
     assert re.search(r"rows +3 of 5 records\n +dropped +1 bad records, 1 without a target\n +turns +6 \(2\.0 a", stdout)
     assert re.search(r"truncated +0 rows \(0\.0%\)", stdout)
     assert re.search(r"length +p50 \d+, p90 \d+, p95 \d+, p99 \d+, longest \d+", stdout)

@@ -158,9 +158,7 @@ def test_long_pairs_lose_the_oldest_turns_of_the_prompt(tmp_path):
     report = built.train.report
     assert (report.rows_read, report.rows_kept, report.rows_dropped_long) == (3, 2, 1)
     assert (report.rows_cut, report.rows_cut_inside, report.turns_dropped) == (1, 0, 4)
-    with pytest.raises(
-        RecordError, match=r"no row of .* is left: 1 records were read, and in none of them do"
-    ):
+    with pytest.raises(RecordError, match=r"no row of .* is left: 1 records were read, and in none of them do"):
         build(tmp_path, "rm", [records[1]], max_seq_length=40)
 
 
@@ -497,6 +495,7 @@ def test_the_table_counts_what_became_of_every_record(tmp_path):
         "----------  ----  ---  ---------  --------  ----  ---  ------  ----------",
         "宝可梦问答     5    1          0         1     3    0      30       30.0%",
         "b              2    0          0         0     2    0      20       30.0%",
+        f"bad: {folder}/宝可梦问答.jsonl line 4: 'output' must be a text, got 7",
         "train:      5 rows, 50 tokens, concat",
     ]
 

@@ -208,7 +208,7 @@ def test_the_first_rows_are_held_out(tmp_path):
     expected = [everything[row] for row in range(20)]
     assert [built.validation[row] for row in range(4)] == expected[:4] and len(built.validation) == 4
     assert count_rows(built.train) == count_rows(expected[4:])
-    assert "x.jsonl: read while training, concat, shuffled among 3 rows" in built.table
+    assert "train:      x.jsonl: read while training, shuffled among 3 rows" in built.table
     assert "validation: 4 rows" in built.table
     with pytest.raises(ValueError, match=r"--val_size 0\.1 is a share, and --streaming does not know"):
         build_stage_data(DataArguments(train_file=path, streaming=True, val_size=0.1), "sft", TOKENIZER, 0)

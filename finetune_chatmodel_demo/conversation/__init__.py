@@ -16,15 +16,20 @@ from finetune_chatmodel_demo.conversation.records import (
 )
 from finetune_chatmodel_demo.conversation.rendering import (
     IGNORED_LABEL,
+    PROMPT_FORMATS,
     Rendering,
     render_conversation,
     render_input_output,
     render_prompt,
 )
+from finetune_chatmodel_demo.conversation.stage_data import StageData, build_stage_data
+from finetune_chatmodel_demo.conversation.templates import TEMPLATES
 from finetune_chatmodel_demo.conversation.truncation import truncate
 
 __all__ = [
     "IGNORED_LABEL",
+    "PROMPT_FORMATS",
+    "TEMPLATES",
     "ConversationDataset",
     "DataArguments",
     "DatasetReport",
@@ -33,7 +38,9 @@ __all__ = [
     "RecordFile",
     "RecordSource",
     "Rendering",
+    "StageData",
     "build_dataset",
+    "build_stage_data",
     "read_records",
     "render_conversation",
     "render_input_output",

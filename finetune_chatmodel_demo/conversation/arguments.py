@@ -43,9 +43,15 @@ class DataArguments:
         default="chatglm3",
         metadata={"help": "How conversations become text: chatglm3 (role tokens), default (base models), raw."},
     )
-    max_samples: int | None = field(default=None, metadata={"help": "Most records of each data set."})
+    max_samples: int | None = field(
+        default=None, metadata={"help": "Most records of each data set: its first good ones; no more are read."}
+    )
     val_size: float = field(
-        default=0.0, metadata={"help": "Split off for validation: a share below 1, or a number of rows."}
+        default=0.0,
+        metadata={
+            "help": "Held out of the training data for validation: a share below 1, or a number of rows (pt: "
+            "documents), drawn by --seed; with --streaming the first so many."
+        },
     )
     mix_strategy: Literal["concat", "interleave_under", "interleave_over"] = field(
         default="concat",

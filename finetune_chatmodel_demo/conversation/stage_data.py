@@ -19,13 +19,14 @@ import numpy as np
 from finetune_chatmodel_demo.conversation.arguments import DataArguments
 from finetune_chatmodel_demo.conversation.datasets import build_rows
 from finetune_chatmodel_demo.conversation.json_files import Located
-from finetune_chatmodel_demo.conversation.mixing import RowView, mix_order, parse_probabilities, split_rows
+from finetune_chatmodel_demo.conversation.mixing import MixStrategy, RowView, mix_order, parse_probabilities, split_rows
 from finetune_chatmodel_demo.conversation.packing import PackedDataset, block_capacity
 from finetune_chatmodel_demo.conversation.records import STAGE_KINDS, RecordSource, read_records
 from finetune_chatmodel_demo.conversation.rows import RowSettings, Stage
 from finetune_chatmodel_demo.conversation.tables import format_data_table
 from finetune_chatmodel_demo.conversation.templates import ChatTokenizer
-from finetune_chatmodel_demo.conversation.tokenizing import DatasetReport
+
+BAD_RECORDS_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -109,27 +110,22 @@ def build_stage_data(
 
         return build_streamed_data(data, settings, tokenizer, seed, show_progress=show_progress)
     train_sources, validation_sources = open_sources(data, stage)
+    probabilities = parse_probabilities(data.interleave_probs, len(train_sources), data.mix_strategy)
     if not needs_train and not data.val_size:
         train_sources, validation_sources = [], validation_sources or train_sources
-
-    def build(source: NamedSource) -> Any:
-        workers = data.preprocessing_num_workers
-        return build_rows(source.records, tokenizer, settings, num_workers=workers, show_progress=show_progress)
-
-    train_sets, validation_sets = list(map(build, train_sources)), list(map(build, validation_sources))
-    orders, held_out = [np.arange(len(rows)) for rows in train_sets], None
+    options = {"num_workers": data.preprocessing_num_workers, "show_progress": show_progress}
+    train_sets, validation_sets = (
+        [build_rows(source.records, tokenizer, settings, **options) for source in sources]
+        for sources in (train_sources, validation_sources)
+    )
+    rows_left, validation = [np.arange(len(rows)) for rows in train_sets], concatenate(validation_sets)
     if data.val_size:
-        orders, order = split_rows([len(rows) for rows in train_sets], data.val_size, seed)
-        held_out = RowView(train_sets, order)
-    train = mix(train_sets, orders, data, seed) if train_sets and needs_train else None
-    validation = held_out if held_out is not None else concatenate(validation_sets)
+        rows_left, order = split_rows([len(rows) for rows in train_sets], data.val_size, seed)
+        validation = RowView(train_sets, order)
+    train = mix(train_sets, rows_left, data.mix_strategy, probabilities, seed) if needs_train else None
     if stage == "pt":
-        train, validation = (
-            None if rows is None else PackedDataset(rows, tokenizer, data.max_seq_length)
-            for rows in (train, validation)
-        )
-    named = [(source.name, rows.report) for source, rows in zip(train_sources, train_sets)]
-    named += [(f"{source.name} (eval)", rows.report) for source, rows in zip(validation_sources, validation_sets)]
+        train, validation = (pack(rows, tokenizer, data.max_seq_length) for rows in (train, validation))
+    named = list(zip(train_sources + validation_sources, train_sets + validation_sets))
     return StageData(train, validation, describe(named, data, stage, train, validation))
 
 
@@ -182,7 +178,8 @@ def open_sources(data: DataArguments, stage: Stage) -> tuple[list[NamedSource], 
         RecordError: A data set is unknown, or cannot serve the stage.
     """
     train = _open(data, stage, data.train_file, data.dataset)
-    return train, _open(data, stage, data.validation_file, data.eval_dataset)
+    validation = _open(data, stage, data.validation_file, data.eval_dataset)
+    return train, [NamedSource(f"{source.name} (eval)", source.records) for source in validation]
 
 
 def _open(data: DataArguments, stage: Stage, file: str | None, names: str | None) -> list[NamedSource]:
@@ -219,32 +216,41 @@ def _open_registry(data: DataArguments, kind: str, names: str) -> list[NamedSour
     ]
 
 
-def mix(datasets: Sequence[Any], rows: Sequence[np.ndarray], data: DataArguments, seed: int) -> Any:
-    """Some rows of each data set, mixed as the flags say.
+def mix(
+    datasets: Sequence[Any],
+    rows: Sequence[np.ndarray],
+    strategy: MixStrategy,
+    probabilities: Sequence[float] | None,
+    seed: int,
+) -> Any:
+    """Some rows of each data set, mixed.
 
     Args:
         datasets: The data sets.
         rows: Rows of each that take part, in their order.
-        data: The data flags.
-        seed: Of the draw.
+        strategy: See `mix_order`, also for the probabilities and the seed.
 
     Raises:
-        ValueError: The probabilities make no sense, or a data set that is to be interleaved has no row left.
+        ValueError: A data set that is to be interleaved has no row left.
     """
-    probabilities = parse_probabilities(data.interleave_probs, len(datasets), data.mix_strategy)
     if len(datasets) == 1 and len(rows[0]) == len(datasets[0]):
         return datasets[0]
     for dataset, chosen in zip(datasets, rows):
-        if data.mix_strategy != "concat" and not len(chosen):
+        if strategy != "concat" and not len(chosen):
             raise ValueError(
-                f"--val_size holds out every row of {dataset.report.path}, and --mix_strategy {data.mix_strategy} "
-                "needs at least one of each data set; make --val_size smaller, or use concat"
+                f"--val_size holds out every row of {dataset.report.path}, and --mix_strategy {strategy} needs at "
+                "least one of each data set; make --val_size smaller, or use concat"
             )
-    order = mix_order([len(chosen) for chosen in rows], data.mix_strategy, probabilities, seed)
+    order = mix_order([len(chosen) for chosen in rows], strategy, probabilities, seed)
     for number, chosen in enumerate(rows):
         is_mine = order[:, 0] == number
         order[is_mine, 1] = chosen[order[is_mine, 1]]
     return RowView(datasets, order)
+
+
+def pack(documents: Any, tokenizer: ChatTokenizer, max_seq_length: int) -> PackedDataset | None:
+    """Documents as blocks; None stays None."""
+    return None if documents is None else PackedDataset(documents, tokenizer, max_seq_length)
 
 
 def concatenate(datasets: Sequence[Any]) -> Any:
@@ -255,15 +261,17 @@ def concatenate(datasets: Sequence[Any]) -> Any:
 
 
 def describe(
-    reports: Sequence[tuple[str, DatasetReport]], data: DataArguments, stage: Stage, train: Any, validation: Any
+    sets: Sequence[tuple[NamedSource, Any]], data: DataArguments, stage: Stage, train: Any, validation: Any
 ) -> str:
-    """The table, and below it what is trained and validated on."""
-    lines = [format_data_table(reports)]
+    """The table, the first bad records, and what is trained and validated on."""
+    lines = [format_data_table([(source.name, rows.report) for source, rows in sets])]
+    for source, _ in sets:
+        lines += [f"bad: {message}" for message in source.records.bad_messages[:BAD_RECORDS_SHOWN]]
     unit = "blocks" if stage == "pt" else "rows"
-    how = f", {data.mix_strategy}" if len(reports) > 1 else ""
-    for name, rows in (("train", train), ("validation", validation)):
-        if rows is not None:
-            held_out = f", --val_size {data.val_size:g}" if data.val_size and name == "validation" else ""
-            mixed = how if name == "train" else held_out
-            lines.append(f"{name + ':':<12}{len(rows):,} {unit}, {rows.report.tokens_total:,} tokens{mixed}")
+    if train is not None:
+        mixed = f", {data.mix_strategy}" if data.dataset and "," in data.dataset else ""
+        lines.append(f"train:      {len(train):,} {unit}, {train.report.tokens_total:,} tokens{mixed}")
+    if validation is not None:
+        held_out = f", --val_size {data.val_size:g}" if data.val_size else ""
+        lines.append(f"validation: {len(validation):,} {unit}, {validation.report.tokens_total:,} tokens{held_out}")
     return "\n".join(lines)

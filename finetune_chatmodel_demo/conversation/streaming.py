@@ -21,7 +21,7 @@ from finetune_chatmodel_demo.conversation.arguments import DataArguments
 from finetune_chatmodel_demo.conversation.datasets import DATASETS, build_rows
 from finetune_chatmodel_demo.conversation.json_files import Located, RecordError
 from finetune_chatmodel_demo.conversation.mixing import MixStrategy, draw_sources, parse_probabilities
-from finetune_chatmodel_demo.conversation.packing import PackedDataset, block_capacity, make_block
+from finetune_chatmodel_demo.conversation.packing import block_capacity, make_block
 from finetune_chatmodel_demo.conversation.rows import Row, RowSettings
 from finetune_chatmodel_demo.conversation.stage_data import (
     FirstRecords,
@@ -30,6 +30,7 @@ from finetune_chatmodel_demo.conversation.stage_data import (
     concatenate,
     describe,
     open_sources,
+    pack,
 )
 from finetune_chatmodel_demo.conversation.templates import IGNORED_LABEL, ChatTokenizer, start_ids
 from finetune_chatmodel_demo.conversation.tokenizing import DatasetReport
@@ -231,19 +232,11 @@ def build_streamed_data(
         skipped = [_count_records(each, rows, tokenizer, settings) for each, rows in zip(train, wanted)]
         held_out = [FirstRecords(each.records, count) for each, count in zip(train, skipped) if count]
         validation = [NamedSource(f"{each.name} (held out)", first) for each, first in zip(train, held_out)]
-    sets = [
-        build_rows(
-            each.records,
-            tokenizer,
-            settings,
-            num_workers=data.preprocessing_num_workers,
-            show_progress=show_progress,
-        )
-        for each in validation
-    ]
+    options = {"num_workers": data.preprocessing_num_workers, "show_progress": show_progress}
+    sets = [build_rows(each.records, tokenizer, settings, **options) for each in validation]
     rows = concatenate(sets)
-    if rows is not None and settings.stage == "pt":
-        rows = PackedDataset(rows, tokenizer, settings.max_seq_length)
+    if settings.stage == "pt":
+        rows = pack(rows, tokenizer, settings.max_seq_length)
     streamed = StreamedRows(
         train,
         tokenizer,
@@ -254,13 +247,11 @@ def build_streamed_data(
         buffer_size=data.buffer_size,
         skipped=skipped,
     )
-    lines = [
-        f"train:      {', '.join(each.name for each in train)}: read while training, {data.mix_strategy}, "
-        f"shuffled among {data.buffer_size:,} rows"
-    ]
-    if sets:
-        named = [(each.name, dataset.report) for each, dataset in zip(validation, sets)]
-        lines.append(describe(named, data, settings.stage, None, rows))
+    names = ", ".join(each.name for each in train)
+    lines = [describe(list(zip(validation, sets)), data, settings.stage, None, rows)] if sets else []
+    unit = "blocks" if settings.stage == "pt" else "rows"
+    how = f", {data.mix_strategy}" if len(train) > 1 else ""
+    lines.append(f"train:      {names}: read while training{how}, shuffled among {data.buffer_size:,} {unit}")
     return StageData(streamed, rows, "\n".join(lines))
 
 
