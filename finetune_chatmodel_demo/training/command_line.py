@@ -2,8 +2,8 @@
 
     python finetune_chatmodel_demo/finetune.py --help
 
-Only what was given is returned, so that `settings` can choose the defaults by method and by device. Flags that
-transformers has dropped or renamed since the original demo are translated, or named with what to use instead.
+Only what was given is returned, so that `settings` can choose the defaults by method and by device. `pasted` repairs
+command lines that arrived damaged, `foreign_flags` translates the flags of other programs.
 """
 
 import argparse
@@ -41,15 +41,20 @@ OWN_ARGUMENTS = {
 
 COMMON_TRAINER_FLAGS = """\
 the flags of transformers' TrainingArguments that are used most (--help_all lists every one):
-  --output_dir DIR                   where checkpoints, the log, the loss curve and the result go
-  --learning_rate LR                 default: 2e-2 for P-Tuning v2, 1e-4 for all parameters
+  --do_train --do_eval --do_predict  without any of them a run trains; without --do_train nothing is trained
+  --output_dir DIR                   where checkpoints, logs, curves, predictions and the result go
+  --learning_rate LR                 default for sft: 2e-2 for ptuning, 1e-4 for lora, freeze and full
+  --lr_scheduler_type NAME           linear (default), cosine, cosine_with_restarts, polynomial, constant,
+                                     constant_with_warmup, inverse_sqrt, reduce_lr_on_plateau
+  --lr_scheduler_kwargs JSON         its options, e.g. '{"num_cycles": 3}'
+  --max_grad_norm X                  longer gradients are cut (default 1.0)
   --per_device_train_batch_size N    rows of a batch on each device
   --gradient_accumulation_steps N    batches of an optimizer step
   --max_steps N | --num_train_epochs N
   --warmup_steps N                   steps, or a share below 1 (default 0.03)
   --save_steps N --save_total_limit N --logging_steps N (default 10)
   --eval_strategy steps|epoch --eval_steps N
-                                     with --validation_file (default: at each checkpoint)
+                                     with validation data (default: at each checkpoint)
   --resume_from_checkpoint True|DIR  True: the newest whole checkpoint in --output_dir
   --bf16 / --fp16                    default: bf16 where the hardware has it, float32 on a CPU
   --gradient_checkpointing none|mlp|full
@@ -64,7 +69,8 @@ def quick_help() -> str:
     parser = argparse.ArgumentParser(
         prog="finetune.py",
         usage="finetune.py [SETTINGS.json|SETTINGS.yaml] [--flag value ...]",
-        description="Fine-tunes a ChatGLM3: a P-Tuning v2 prefix with --pre_seq_len, else all parameters.",
+        description="Fine-tunes a ChatGLM3: --stage says from what it learns, --finetuning_type what is trained. "
+        "Examples of settings files are in finetune_chatmodel_demo/configs.",
         epilog=COMMON_TRAINER_FLAGS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
