@@ -1,16 +1,41 @@
-"""Counts exact answers: the base model against base + prefix or base + adapter, on files of conversations.
+"""Does the model know the facts? Two ways to ask, for any number of candidates side by side.
+
+**Against the facts** (`--csv`, or `--questions_file`): questions are built from a CSV and its template, never from the
+training text, and each reply is read for the field's value: exact, partial (lists), wrong or missing.
+
+    python finetune_chatmodel_demo/evaluate.py --csv data_processing/data.csv \\
+        --template data_processing/templates/pokemon_kanto.yaml --hold_out 0.2 --report output/evaluation \\
+        --compare base --compare prefix=output/pokemon --compare lora=output/lora --compare full=output/full
+
+Groups: trained phrasings, unseen phrasings, multi-turn (pronouns, a second subject in the middle; the model sees its
+own replies), unanswerable (right is a reply that says so), and with --hold_out trained and unseen phrasings about
+subjects that the fine-tuning data do not have (`data_processing.py --hold_out` with the same share leaves them out).
+`--report DIR` gets report.json, report.md, report.html and answers.jsonl, with every reply. The JSON:
+
+    {"mode": "facts", "run": {flags, fields, held_out …},
+     "candidates": [{"name", "kind", "model", "checkpoint", "prompt_format", "max_new_tokens", "seconds",
+                     "groups": {GROUP: SCORE}, "probes": {…}, "examples": [the worst replies]}],
+     "constant_answer": {GROUP: share of the column's most frequent value},
+     "comparisons": [{"first", "second", "groups": {GROUP: {"difference", "bootstrap95", "only_first", "only_second",
+                      "mcnemar_p"}}}]}
+    SCORE: {"asked", "exact", "partial", "wrong", "missing", "share", "wilson95", "overlap", "verbatim", "begins_right",
+            "not_ended", "by_column", "by_kind", "reasons"}
+
+`overlap` is the mean of 1 for exact and the overlap share for partial; `verbatim` the share of the template's own
+words; `begins_right` the share whose first line or sentence is exact, whatever follows: what a base knows that does not
+stop.
+
+**Against reference texts** (`--data`): every assistant message of a conversation file with a "column" key is a
+question, asked with the true conversation before it; the reply must equal the reference to the letter. Needs no CSV.
 
     python finetune_chatmodel_demo/evaluate.py --pt-checkpoint output/pokemon \\
         --data "trained phrasings=formatted_data/pokemon_conversations.jsonl" \\
         --data "unseen phrasings=formatted_data/pokemon_conversations_validation.jsonl"
 
-Every assistant message with a "column" key is a question: the model gets the true conversation before it, answers
-greedily, and the reply must equal the reference text. With `--output X.json`:
-
     {"model", "pt_checkpoint", "adapter", "prompt_format", "device", "seed", "batch_size", "seconds",
      "files": [{"name", "path", "questions_in_file", "max_new_tokens",
                 "scores": {"base": SCORE, "base + prefix" or "base + adapter": SCORE}}]}
-                                                                            with neither: {"model": SCORE}
+                                       with neither: {"model": SCORE}; with --compare: {NAME: SCORE}, and "candidates"
     SCORE: {"asked", "exact", "share", "wilson95": [low, high], "hit_cap", "by_column": {COLUMN: {"asked", "exact",
             "share"}}, "wrong": [{"column", "question", "expected", "got"}, … at most 20]}
 
@@ -18,12 +43,9 @@ greedily, and the reply must equal the reference text. With `--output X.json`:
 """
 
 import argparse
-import contextlib
 import json
 import logging
 import sys
-import time
-import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -32,165 +54,155 @@ if not __package__:  # run as a script: find the package, and let nothing in its
     sys.path[:] = [str(_folder.parent), *(entry for entry in sys.path if entry != str(_folder))]
 
 from finetune_chatmodel_demo.generation.errors import UsageError, run_and_explain
-from finetune_chatmodel_demo.generation.loading import ModelChoice, add_model_arguments, choose_model, load_choice
+from finetune_chatmodel_demo.generation.loading import add_model_arguments
 
-BASE, WHOLE = "base", "model"
+QUESTIONS_OF_A_GROUP = 300
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line; every flag is also accepted with underscores."""
+    """The command line; every flag is also accepted with underscores, or with hyphens."""
     parser = argparse.ArgumentParser(
-        description="Count exact answers of the base model and of base + prefix, or of base + LoRA adapter.",
-        epilog="The docstring of this file documents the keys of --output.",
+        description="Ask for facts: the base model, prefixes, LoRA adapters and whole models side by side.",
+        epilog="The docstring of this file documents both ways of asking and the keys of the JSON.",
     )
-    add_model_arguments(parser)
-    add = parser.add_argument
-    add(
-        "--data",
-        action="append",
-        required=True,
-        metavar="[NAME=]FILE",
-        help="conversations with 'column' keys, JSON or JSON lines; repeat it for several",
-    )
-    add("--max-questions", "--max_questions", type=int, metavar="N", help="a random sample of each file (all)")
-    add("--seed", type=int, default=0, metavar="N", help="of the sample (0)")
-    add(
-        "--max-new-tokens",
-        "--max_new_tokens",
-        type=int,
-        metavar="N",
-        help="longest reply, in tokens (what the longest reference of the file needs, and some to spare)",
-    )
-    add("--batch-size", "--batch_size", type=int, default=64, metavar="N", help="questions at a time (64)")
-    add("--examples", type=int, default=3, metavar="N", help="wrong replies to print of each file (3)")
-    add("--output", type=Path, metavar="X.json", help="write everything here")
+    _add_questions(parser.add_argument_group("what is asked (one of --csv, --questions_file, --data)"))
+    group = parser.add_argument_group("who is asked")
+    _add(group, "--compare", action="append", metavar="[NAME=]DIR", help="base, a prefix, an adapter, a whole model; "
+         "repeat it (default: --pt-checkpoint or --adapter and its base, or --model)")  # fmt: skip
+    add_model_arguments(group)
+    group = parser.add_argument_group("how")
+    _add(group, "--history", choices=("own", "reference", "both"), default="own", help="what later questions of a "
+         "dialogue see: the model's own replies, the right ones, or once each (own)")  # fmt: skip
+    _add(group, "--max_new_tokens", type=int, metavar="N", help="longest reply, in tokens (what the references need)")
+    _add(group, "--batch_size", type=int, default=64, metavar="N", help="questions at a time (64)")
+    _add(group, "--probes", metavar="FILE", help="with --csv: texts and requests that fine-tuning was not about (those "
+         "of evaluation/probes.json; none: leave them out)")  # fmt: skip
+    group = parser.add_argument_group("results")
+    _add(group, "--examples", type=int, default=3, metavar="N", help="wrong replies to print (3)")
+    _add(group, "--output", type=Path, metavar="X.json", help="write everything here")
+    _add(group, "--report", type=Path, metavar="DIR", help="with --csv: report.json, .md, .html and answers.jsonl")
     return parser
 
 
-def split_data(value: str) -> tuple[str, str]:
-    """`NAME=FILE` → (name, file); a file alone is named after itself, also when its path has a = in it."""
-    name, equals, path = value.partition("=")
-    if not equals or Path(value).is_file():
-        return Path(value).stem, value
-    return name, path
+def _add_questions(group: argparse._ArgumentGroup) -> None:
+    _add(group, "--csv", type=Path, metavar="FILE", help="facts to ask about; needs --template")
+    _add(group, "--template", type=Path, metavar="FILE", help="wordings, data_processing/templates/*.yaml")
+    _add(group, "--questions_file", type=Path, metavar="FILE", help="questions of data_processing/question_builder.py")
+    _add(group, "--data", action="append", metavar="[NAME=]FILE", help="conversations with 'column' keys, JSON or JSON "
+         "lines: replies must equal the reference; repeat it for several")  # fmt: skip
+    _add(group, "--max_questions", type=int, metavar="N", help="--csv: questions of each group (300); --data: a random "
+         "sample of each file (all)")  # fmt: skip
+    _add(group, "--groups", metavar="A,B", help="--csv: these groups only, e.g. 'unseen phrasings,multi-turn' (all)")
+    _add(group, "--hold_out", type=float, default=0.0, metavar="SHARE", help="--csv: this share of rows is not in the "
+         "fine-tuning data, as of data_processing.py --hold_out (0)")  # fmt: skip
+    _add(group, "--train_file", type=Path, metavar="FILE", help="--csv: check that the fine-tuning data hold no unseen "
+         "wording and no held-out subject")  # fmt: skip
+    _add(group, "--seed", type=int, default=0, metavar="N", help="of the choice of questions (0)")
 
 
-def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Load, ask, score; the result as the module docstring describes it.
+def _add(group: argparse._ArgumentGroup, flag: str, **options: Any) -> None:
+    """Adds a flag in both spellings, --max_new_tokens and --max-new-tokens."""
+    group.add_argument(*dict.fromkeys((flag.replace("_", "-"), flag)), **options)
+
+
+def report_files(arguments: argparse.Namespace) -> None:
+    """`--data`: evaluate, write `--output`, print the table and some wrong replies."""
+    from finetune_chatmodel_demo.evaluation import conversation_files
+
+    result = conversation_files.evaluate_files(arguments)
+    if arguments.output:
+        _write_json(arguments.output, result)
+    print(conversation_files.format_table(result))
+    print("(share of replies that equal the reference text, with its 95 % Wilson interval)")
+    if examples := conversation_files.format_examples(result, arguments.examples):
+        print(examples)
+
+
+def report_facts(arguments: argparse.Namespace) -> None:
+    """`--csv` and `--questions_file`: build, compare, write the reports, print the summary."""
+    from finetune_chatmodel_demo.evaluation.candidates import choose_candidates
+    from finetune_chatmodel_demo.evaluation.comparison import AskOptions, compare_candidates
+    from finetune_chatmodel_demo.evaluation.probing import PROBES_FILE, read_probes
+    from finetune_chatmodel_demo.evaluation.report_files import describe_run, write_reports
+    from finetune_chatmodel_demo.evaluation.report_text import summary
+
+    probes = None if arguments.probes == "none" else read_probes(arguments.probes or PROBES_FILE)
+    questions = load_questions(arguments)
+    run = describe_run(arguments, questions)
+    candidates = choose_candidates(arguments.compare or [], arguments)
+    for notice in dict.fromkeys(notice for candidate in candidates for notice in candidate.choice.notices):
+        tell(notice)
+    options = AskOptions(arguments.history, arguments.max_new_tokens, arguments.batch_size, probes)
+    result, answers = compare_candidates(candidates, questions, options, tell)
+    result = {"mode": "facts", "run": run} | result
+    if arguments.output:
+        _write_json(arguments.output, result)
+    if arguments.report:
+        write_reports(arguments.report, result, answers)
+        tell(f"report: {arguments.report / 'report.html'}")
+    print(summary(result, arguments.examples))
+
+
+def load_questions(arguments: argparse.Namespace) -> Any:
+    """The question set of `--questions_file`, or a new one of `--csv` and `--template`.
 
     Raises:
-        OSError, ValueError: something that the user gave cannot be used.
+        UsageError: the folder data_processing is missing, or there is no template.
     """
-    from finetune_chatmodel_demo.evaluation.exact_match import read_questions
+    from finetune_chatmodel_demo.evaluation.questions import read_question_file
 
-    started = time.monotonic()
-    files = [split_data(value) for value in arguments.data]
-    repeated = {name for name, _ in files if [other for other, _ in files].count(name) > 1}
-    if repeated:
-        raise UsageError(f"--data: {', '.join(sorted(repeated))} is there twice; name the files, NAME=FILE")
-    # Before the model: a mistake in a file shows at once.
-    questions = [read_questions(path, arguments.max_questions, arguments.seed) for _, path in files]
-    choice = choose_model(arguments)
-    for notice in choice.notices:
-        print(notice, file=sys.stderr)
-    model, tokenizer = load_choice(choice)
-    results = []
-    for (name, path), (asked, found) in zip(files, questions):
-        scored = _score_file(model, tokenizer, name, asked, choice, arguments)
-        results.append({"name": name, "path": path, "questions_in_file": found} | scored)
-    return {
-        "model": choice.model,
-        "pt_checkpoint": str(choice.prefix) if choice.prefix else None,
-        "adapter": str(choice.adapter) if choice.adapter else None,
-        "prompt_format": choice.prompt_format,
-        "device": choice.device,
-        "seed": arguments.seed,
-        "batch_size": arguments.batch_size,
-        "seconds": round(time.monotonic() - started, 1),
-        "files": results,
-    }
-
-
-def _score_file(
-    model: Any, tokenizer: Any, name: str, questions: list[Any], choice: ModelChoice, arguments: argparse.Namespace
-) -> dict[str, Any]:
-    """`max_new_tokens` and `scores` of one file."""
-    from finetune_chatmodel_demo.evaluation.exact_match import longest_reply_needed, score_questions
-
-    cap = arguments.max_new_tokens
-    cap = longest_reply_needed(tokenizer, questions) if cap is None else cap
-    conditions = {WHOLE: contextlib.nullcontext}
-    if choice.tuned:
-        from finetune_chatmodel_demo.chatglm3.adapters import without_tuning
-
-        conditions = {BASE: lambda: without_tuning(model), f"base + {choice.tuned}": contextlib.nullcontext}
-    scores = {}
-    for condition, switch in conditions.items():
-        with switch():
-            score = score_questions(
-                model,
-                tokenizer,
-                questions,
-                prompt_format=choice.prompt_format,
-                max_new_tokens=cap,
-                batch_size=arguments.batch_size,
-                progress=True,
-                description=f"{name}, {condition}",
-            )
-        scores[condition] = score.to_json()
-    return {"max_new_tokens": cap, "scores": scores}
-
-
-def format_table(result: dict[str, Any]) -> str:
-    """The result as a table: a row a file, a column a condition."""
-    conditions = list(result["files"][0]["scores"])
-    rows = [["exact answers", *conditions, "questions"]]
-    for file in result["files"]:
-        shares = [_format_share(file["scores"][condition]) for condition in conditions]
-        rows.append([file["name"], *shares, str(file["scores"][conditions[0]]["asked"])])
-    widths = [max(_width(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell + " " * (width - _width(cell)) for cell, width in zip(row, widths)) for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def format_examples(result: dict[str, Any], count: int) -> str:
-    """Some wrong replies of the last condition (what was trained, if anything), and how many were cut short."""
-    lines = []
-    for file in result["files"]:
-        condition, score = list(file["scores"].items())[-1]
-        if score["hit_cap"]:
-            cap = file["max_new_tokens"]
-            lines.append(f"{file['name']}, {condition}: {score['hit_cap']} replies did not end within {cap} tokens")
-        for example in score["wrong"][:count]:
-            lines.append(f"{file['name']}, {condition}, wrong ({example['column']}): {example['question']}")
-            lines.append(f"    expected {example['expected']!r}")
-            lines.append(f"    got      {example['got']!r}")
-    return "\n".join(lines)
-
-
-def _format_share(score: dict[str, Any]) -> str:
-    low, high = score["wilson95"]
-    return f"{score['share']:.1%} ({low:.1%} to {high:.1%})"
-
-
-def _width(text: str) -> int:
-    """Columns in a terminal: wide East Asian characters take two."""
-    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
+    groups = [group.strip() for group in arguments.groups.split(",")] if arguments.groups else None
+    if arguments.questions_file:
+        questions = read_question_file(arguments.questions_file)
+        chosen = questions.select(groups) if groups else questions
+        if not chosen.dialogues:
+            raise UsageError(f"--groups {arguments.groups}: {arguments.questions_file} has no question of these groups")
+        return chosen
+    if arguments.template is None:
+        raise UsageError("--csv needs --template, the wordings of questions: see data_processing/templates")
+    try:
+        from data_processing.question_builder import BuildOptions, read_and_build
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("data_processing"):
+            raise
+        beside = Path(__file__).resolve().parents[1] / "data_processing"
+        raise UsageError(
+            f"--csv needs this project's folder data_processing, which is not at {beside}: copy it there, or use "
+            "--data with a file of conversations, or --questions_file with questions that were built elsewhere"
+        ) from None
+    count = QUESTIONS_OF_A_GROUP if arguments.max_questions is None else arguments.max_questions
+    options = BuildOptions(count, arguments.seed, arguments.hold_out, tuple(groups) if groups else None)
+    return read_and_build(arguments.csv, arguments.template, options)
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Evaluate, write `--output`, print the table and some wrong replies."""
+    """One of the two ways of asking.
+
+    Raises:
+        UsageError: flags contradict each other, or a folder for results is missing.
+    """
+    ways = [flag for flag in ("csv", "questions_file", "data") if getattr(arguments, flag)]
+    if len(ways) != 1:
+        found = " and ".join(f"--{way}" for way in ways) or "none"
+        raise UsageError(f"give one of --csv, --questions_file and --data (got {found}); --help says what each asks")
     if arguments.output and not arguments.output.resolve().parent.is_dir():
         raise UsageError(f"--output {arguments.output}: there is no folder {arguments.output.resolve().parent}")
-    result = evaluate(arguments)
-    if arguments.output:
-        text = json.dumps(result, ensure_ascii=False, indent=2) + "\n"
-        arguments.output.write_text(text, encoding="utf-8")
-    print(format_table(result))
-    print("(share of replies that equal the reference text, with its 95 % Wilson interval)")
-    if examples := format_examples(result, arguments.examples):
-        print(examples)
+    if ways == ["data"]:
+        for flag in ("report", "template", "groups", "train_file", "probes", "hold_out"):
+            if getattr(arguments, flag):
+                raise UsageError(f"--{flag} goes with --csv, not with --data")
+        report_files(arguments)
+    else:
+        report_facts(arguments)
+
+
+def tell(line: str) -> None:
+    """What is going on goes beside the progress bars; standard output has the results alone."""
+    print(line, file=sys.stderr)
+
+
+def _write_json(path: Path, result: dict[str, Any]) -> None:
+    path.write_text(json.dumps(result, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,11 +3,13 @@
 import json
 
 import pytest
+from adapter_helpers import make_adapter
 from generation_helpers import build_prefix_folder, build_random_folder
 
 from finetune_chatmodel_demo import evaluate
 from finetune_chatmodel_demo.chatglm3 import load_model
 from finetune_chatmodel_demo.conversation.rendering import render_prompt
+from finetune_chatmodel_demo.evaluation import conversation_files
 from finetune_chatmodel_demo.evaluation.exact_match import (
     Question,
     longest_reply_needed,
@@ -124,6 +126,25 @@ def test_without_a_prefix_there_is_one_column(capsys, tmp_path, data, base):
     assert "expected" not in out
 
 
+def test_an_adapter_is_compared_with_its_base(capsys, tmp_path, data, base):
+    adapter = make_adapter(tmp_path / "adapter", base, prompt_format="multi-turn")
+    output = tmp_path / "out.json"
+    flags = ["--data", data, "--max-new-tokens", CAP, "--device", "cpu"]
+    code, out, _ = run(capsys, "--adapter", adapter, *flags, "--output", output)
+    assert code == 0
+    assert "base + adapter" in out.splitlines()[0]
+    result = json.loads(output.read_text(encoding="utf-8"))
+    assert (result["adapter"], result["pt_checkpoint"]) == (str(adapter), None)
+    (scores,) = [file["scores"] for file in result["files"]]
+    assert list(scores) == ["base", "base + adapter"]
+    alone = tmp_path / "alone.json"
+    run(capsys, "--model", base, *flags, "--output", alone)
+    expected = json.loads(alone.read_text(encoding="utf-8"))["files"][0]["scores"]["model"]
+    assert scores["base"] == expected and expected["exact"] == 2
+    got = [[example["got"] for example in scores[name]["wrong"]] for name in scores]
+    assert got[0] != got[1]
+
+
 def test_the_sample_is_seeded_and_keeps_the_order_of_the_file(data):
     every, found = read_questions(data)
     assert (len(every), found) == (20, 20)
@@ -185,15 +206,15 @@ def test_wilson_needs_trials():
 def test_names_of_files(tmp_path):
     path = tmp_path / "a=b.jsonl"
     path.touch()
-    assert evaluate.split_data(str(path)) == ("a=b", str(path))
-    assert evaluate.split_data("unseen phrasings=x/y.jsonl") == ("unseen phrasings", "x/y.jsonl")
-    assert evaluate.split_data("x/y.jsonl") == ("y", "x/y.jsonl")
+    assert conversation_files.split_data(str(path)) == ("a=b", str(path))
+    assert conversation_files.split_data("unseen phrasings=x/y.jsonl") == ("unseen phrasings", "x/y.jsonl")
+    assert conversation_files.split_data("x/y.jsonl") == ("y", "x/y.jsonl")
 
 
 def test_tables_align_wide_characters():
     score = {"asked": 4, "share": 0.5, "wilson95": [0.1, 0.9]}
     files = [{"name": name, "scores": {"model": score}} for name in ("见过的问法", "x")]
-    assert evaluate.format_table({"files": files}).splitlines() == [
+    assert conversation_files.format_table({"files": files}).splitlines() == [
         "exact answers  model                   questions",
         "-------------  ----------------------  ---------",
         "见过的问法     50.0% (10.0% to 90.0%)  4",

@@ -4,6 +4,7 @@
 which tells a single mistake from one that was dragged along.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ class Answer:
         ended: it ended by itself.
         verdict: whether it states the fact.
         is_verbatim: it is one of the template's own answers, character for character.
+        begins_right: its first line or sentence, taken alone, is exact: the model knows, whatever it says after that.
     """
 
     dialogue: int
@@ -39,6 +41,7 @@ class Answer:
     ended: bool
     verdict: Verdict
     is_verbatim: bool
+    begins_right: bool
 
 
 def choose_cap(tokenizer: Any, questions: QuestionSet) -> int:
@@ -104,11 +107,12 @@ def ask_questions(
 
 def judge(questions: QuestionSet, dialogue: int, turn: Turn, reply: str, ended: bool) -> Answer:
     """One reply against the facts."""
-    verdict = check_reply(
-        questions.table, column=turn.column, subject=turn.subject, reply=reply, ended=ended, question=turn.text
-    )
+    asked = {"column": turn.column, "subject": turn.subject, "question": turn.text}
+    verdict = check_reply(questions.table, reply=reply, ended=ended, **asked)
     is_verbatim = ended and normalize(reply) in map(normalize, turn.wordings)
-    return Answer(dialogue, turn, reply, ended, verdict, is_verbatim)
+    beginning = re.split(r"[\n。！？]", reply.strip(), maxsplit=1)[0]
+    begins_right = check_reply(questions.table, reply=beginning, **asked).outcome == "exact"
+    return Answer(dialogue, turn, reply, ended, verdict, is_verbatim, begins_right)
 
 
 def constant_replies(questions: QuestionSet, answers: Sequence[Answer]) -> list[bool]:

@@ -136,7 +136,8 @@ def _check_items(field: Field, reading: Reading, truth: frozenset[str]) -> Verdi
         is_refusal = IGNORANCE.search(reading.text) or UNRECORDED.search(reading.text) or reading.is_question
         if is_refusal and not reading.denied:
             return Verdict("missing", 0.0, (), expected, "asks back" if reading.is_question else "declines")
-        return Verdict("wrong", 0.0, (), expected, "denies it" if reading.denied & truth else "states no known value")
+        reason = "denies it" if reading.denied & truth else "speaks of another column" if reading.others else ""
+        return Verdict("wrong", 0.0, (), expected, reason or "states no known value")
     overlap = len(shared) / len(truth | extra)
     if reading.denied & truth:
         return Verdict("wrong", overlap, found, expected, "says it and denies it")

@@ -26,6 +26,7 @@ def score_group(answers: Sequence[Answer]) -> dict[str, Any]:
         "wilson95": [low, high],
         "overlap": sum(credit(answer) for answer in answers) / len(answers),
         "verbatim": sum(answer.is_verbatim for answer in answers) / len(answers),
+        "begins_right": sum(answer.begins_right for answer in answers) / len(answers),
         "not_ended": sum(not answer.ended for answer in answers),
         "by_column": _split(answers, lambda answer: answer.turn.column or "(none)"),
         "by_kind": _split(answers, lambda answer: answer.turn.kind),
