@@ -6,6 +6,7 @@
         --output_dir output/pokemon --pre_seq_len 128 --max_steps 1000
 """
 
+import errno
 import logging
 import os
 import sys
@@ -18,6 +19,11 @@ from finetune_chatmodel_demo.training.arguments import SettingsError
 from finetune_chatmodel_demo.training.command_line import build_parser, parse_given, quick_help
 
 INTERRUPTED = 130
+TERMINATED = 143  # as a shell says of a process that SIGTERM ended
+DISK_HINT = (
+    "The checkpoint that was being written is removed, earlier ones are whole: make room, or keep fewer "
+    "(--save_total_limit), and continue with --resume_from_checkpoint True."
+)
 OUT_OF_MEMORY_HINT = (
     "The device's memory is full. In this order: --per_device_train_batch_size 1 with more "
     "--gradient_accumulation_steps, --gradient_checkpointing True, a smaller --max_seq_length, --quantization_bit 4 "
@@ -32,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: flags; default: those of the process.
 
     Returns:
-        The exit status: 0, 1 for an error that was explained, 130 after Ctrl-C.
+        The exit status: 0, 1 for an error that was explained (and where --replay finds differences), 130 after Ctrl-C,
+        143 after SIGTERM.
     """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or "--help" in argv or "-h" in argv:
@@ -59,19 +66,38 @@ def _run(given: dict[str, object], notices: list[str]) -> int:
     import torch
 
     from finetune_chatmodel_demo.conversation import RecordError
-    from finetune_chatmodel_demo.training.settings import decide_settings
     from finetune_chatmodel_demo.training.run_trainer import NonFiniteLossError
+    from finetune_chatmodel_demo.training.settings import decide_settings
+    from finetune_chatmodel_demo.training.stopping import RunStopped
     from finetune_chatmodel_demo.training.workflow import run_finetuning
 
     try:
+        if given.get("replay"):
+            return _replay(str(given["replay"]))
         run_finetuning(decide_settings(given, notices))
+    except RunStopped as stopped:
+        print(f"{stopped}; --resume_from_checkpoint True continues from there", file=sys.stderr)
+        return TERMINATED
     except (RecordError, NonFiniteLossError, FileNotFoundError) as error:
         print(f"finetune.py: error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        print(f"finetune.py: error: {error}. {DISK_HINT}", file=sys.stderr)
         return 1
     except torch.OutOfMemoryError as error:
         print(f"finetune.py: error: {error}\n{OUT_OF_MEMORY_HINT}", file=sys.stderr)
         return 1
     return 0
+
+
+def _replay(manifest: str) -> int:
+    from finetune_chatmodel_demo.training.manifest import replay
+
+    differences = replay(manifest)
+    print("\n".join(differences) if differences else f"{manifest}: the first steps are identical")
+    return 1 if differences else 0
 
 
 if __name__ == "__main__":

@@ -162,6 +162,10 @@ class RunArguments:
         default=False,
         metadata={"help": "Start anew although --output_dir holds checkpoints of an earlier run; removes them."},
     )
+    replay: str | None = field(
+        default=None,
+        metadata={"help": "run_manifest.json of a run: checks that its first steps would be the same; trains nothing."},
+    )
     plot_loss: bool = field(default=True, metadata={"help": "Draw the loss curve into --output_dir."})
     early_stopping_patience: int | None = field(
         default=None,

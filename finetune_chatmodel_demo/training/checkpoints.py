@@ -1,7 +1,8 @@
 """Checkpoints that are whole or not there: written beside, flushed to disk, then renamed.
 
-`checkpoint-500` is first written as `.partial-checkpoint-500`. A manifest with the size and the SHA-256 of every file is
-written last; a folder whose files disagree with it (a full disk, a lost power supply, a bad copy) is not resumed from.
+`checkpoint-500` is first written as `.partial-checkpoint-500`. A manifest with the size and the SHA-256 of every file
+is written last; a folder whose files disagree with it (a full disk, a lost power supply, a bad copy) is not resumed
+from.
 """
 
 import hashlib
@@ -174,7 +175,10 @@ def remove_checkpoint(folder: Path) -> None:
 def remove_leftovers(output_dir: str | Path) -> None:
     """Removes what a killed run had not finished writing."""
     for path in Path(output_dir).glob(f"{PARTIAL_PREFIX}*"):
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
 def _flush(path: Path) -> None:

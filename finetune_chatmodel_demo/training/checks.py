@@ -1,6 +1,8 @@
 """Refuses runs that cannot work, before anything is loaded: each error says what to do instead."""
 
 import importlib.util
+import math
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -85,9 +87,19 @@ def check_files(
         notices.append(f"there is no folder {folder.absolute()}: {folder} is taken for a name on the hub")
     if not given.get("output_dir"):
         raise SettingsError("--output_dir is missing: the folder for checkpoints and the result")
+    _check_output(Path(str(given["output_dir"])))
     deepspeed = given.get("deepspeed")
     if deepspeed and isinstance(deepspeed, str) and deepspeed[0] != "{" and not Path(deepspeed).is_file():
         raise SettingsError(f"--deepspeed {deepspeed} does not exist")
+
+
+def _check_output(folder: Path) -> None:
+    """Hours of training for a result that cannot be written: the folder, or what it will be made in, must be ours."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise SettingsError(f"--output_dir {folder} cannot be written to: {there} is no folder; choose another one")
+    if not os.access(there, os.W_OK):
+        raise SettingsError(f"--output_dir {folder} cannot be written to: {there} is read-only; choose another one")
 
 
 def _check_data(data: DataArguments, stage: str, given: dict[str, object]) -> None:
@@ -184,6 +196,10 @@ def _check_stage(settings: "Settings") -> None:
         )
     if given.get("do_predict") and stage != "sft":
         raise SettingsError(f"--do_predict writes answers, which --stage {stage} does not train; use it with sft")
+    if not 0 <= settings.stage.center_rewards_coefficient < math.inf:
+        raise SettingsError(
+            f"--center_rewards_coefficient is {settings.stage.center_rewards_coefficient:g}; it must be 0 or more"
+        )
     if stage == "dpo":
         from finetune_chatmodel_demo.training.stages.dpo_settings import check_dpo_settings
 

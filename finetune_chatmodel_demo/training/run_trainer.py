@@ -17,7 +17,7 @@ from transformers.trainer_callback import ExportableState
 
 from finetune_chatmodel_demo.conversation.records import RecordError
 from finetune_chatmodel_demo.conversation.rendering import IGNORED_LABEL
-from finetune_chatmodel_demo.training.arguments import FULL, GROUP_BY_LENGTH, P_TUNING
+from finetune_chatmodel_demo.training.arguments import FULL, P_TUNING
 from finetune_chatmodel_demo.training.callbacks import (
     EpochOrder,
     Throughput,
@@ -28,13 +28,14 @@ from finetune_chatmodel_demo.training.checkpoints import (
     partial_folder,
     publish_checkpoint,
     publish_files,
+    remove_leftovers,
     remove_old_checkpoints,
     start_partial,
 )
 from finetune_chatmodel_demo.training.diagnosis import LearningWatch, read_number
 from finetune_chatmodel_demo.training.methods import load_trained, save_trained
 from finetune_chatmodel_demo.training.plots import plot_loss
-from finetune_chatmodel_demo.training.sampling import FixedOrder, LengthGroupedBatches
+from finetune_chatmodel_demo.training.sampling import FixedOrder, order_rows
 from finetune_chatmodel_demo.training.settings import Settings
 
 LOSS_CURVE = "training_loss.png"
@@ -158,14 +159,9 @@ class RunTrainer(Trainer):
     # Order of the rows
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        strategy = self.args.train_sampling_strategy
-        if strategy not in (GROUP_BY_LENGTH, "random"):
-            return super()._get_train_sampler(train_dataset)
         rows = self.train_dataset if train_dataset is None else train_dataset
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        unit = self._train_batch_size * self.args.world_size
-        self.row_order = LengthGroupedBatches(rows.lengths, unit, seed, is_grouped=strategy == GROUP_BY_LENGTH)
-        return self.row_order
+        self.row_order = order_rows(rows.lengths, self.args)
+        return super()._get_train_sampler(train_dataset) if self.row_order is None else self.row_order
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
         """Longest rows first: little padding, and too little memory shows at once."""
@@ -256,6 +252,14 @@ class RunTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            self._write_checkpoint(folder)
+        except OSError:  # a full disk, most often: what is there is of no use, and takes room
+            if self.args.should_save:
+                remove_leftovers(self.args.output_dir)
+            raise
+
+    def _write_checkpoint(self, folder: Path) -> None:
         self.store_flos()
         partial = self._start_partial(folder)
         self.save_model(str(partial), _internal_call=True)

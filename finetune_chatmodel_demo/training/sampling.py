@@ -5,9 +5,12 @@ random number generator.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
+
+from finetune_chatmodel_demo.training.arguments import GROUP_BY_LENGTH
 
 UNITS_PER_POOL = 50
 
@@ -60,6 +63,20 @@ class LengthGroupedBatches(Sampler[int]):
             longest = max(range(len(shuffled)), key=lambda i: max(self.lengths[row] for row in shuffled[i]))
             shuffled[0], shuffled[longest] = shuffled[longest], shuffled[0]
         return iter([index for unit in shuffled + last for index in unit])
+
+
+def order_rows(lengths: Sequence[int], args: Any) -> LengthGroupedBatches | None:
+    """The order of a run's training rows; None: as they come, or what the library makes of --train_sampling_strategy.
+
+    Args:
+        lengths: tokens of each row.
+        args: the run's TrainingArguments.
+    """
+    if args.train_sampling_strategy not in (GROUP_BY_LENGTH, "random"):
+        return None
+    seed = args.seed if args.data_seed is None else args.data_seed
+    unit = args.train_batch_size * args.world_size
+    return LengthGroupedBatches(lengths, unit, seed, is_grouped=args.train_sampling_strategy == GROUP_BY_LENGTH)
 
 
 class FixedOrder(Sampler[int]):

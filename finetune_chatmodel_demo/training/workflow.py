@@ -18,6 +18,7 @@ from finetune_chatmodel_demo.training.checkpoints import (
     remove_checkpoint,
     remove_leftovers,
 )
+from finetune_chatmodel_demo.training.manifest import write_run_manifest
 from finetune_chatmodel_demo.training.methods import prepare_model
 from finetune_chatmodel_demo.training.report import count_steps, describe_start, sanity_check
 from finetune_chatmodel_demo.training.run_logs import (
@@ -30,6 +31,7 @@ from finetune_chatmodel_demo.training.run_logs import (
 )
 from finetune_chatmodel_demo.training.run_trainer import RunTrainer
 from finetune_chatmodel_demo.training.settings import Settings
+from finetune_chatmodel_demo.training.stopping import RunStopped, StopOnSignal
 
 SETTINGS_FILE = "settings.json"
 
@@ -49,6 +51,7 @@ def run_finetuning(settings: Settings) -> RunTrainer:
         SettingsError: when the model cannot be loaded.
         RecordError: for a bad record in a data file, or when no row is left to train on.
         NonFiniteLossError: when the loss is no number any more.
+        RunStopped: after SIGTERM; there is a checkpoint, and no result.
     """
     args = settings.training
     set_seed(args.seed)
@@ -58,12 +61,18 @@ def run_finetuning(settings: Settings) -> RunTrainer:
     model = prepare_model(settings)
     trainer = trainer_class(settings.stage.stage)(model, settings, tokenizer, data.train, data.validation)
     trainer.add_callback(TrainerLogCallback(args.output_dir))
+    stop = StopOnSignal()
+    trainer.add_callback(stop)
     if args.should_log:
         _print_start(settings, trainer, tokenizer, data)
     if args.should_save:
         _prepare_output(settings)
+        if settings.does_train:
+            write_run_manifest(settings, data.train)
     if settings.does_train:
         _train(settings, trainer)
+        if stop.stopped_after is not None:
+            raise RunStopped(f"stopped by SIGTERM after step {stop.stopped_after}, with a checkpoint")
     if data.validation is not None and settings.does_evaluate and not _was_evaluated(trainer):
         trainer.evaluate()
     if settings.does_train:

@@ -1,0 +1,242 @@
+"""Runs that survive: SIGTERM, SIGKILL at random moments, full disks; and run_manifest.json with --replay."""
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_helpers import flags, losses, make_model, train, write_conversations
+
+from finetune_chatmodel_demo import finetune
+from finetune_chatmodel_demo.training import checkpoints, run_trainer
+from finetune_chatmodel_demo.training.manifest import RUN_MANIFEST
+
+STEPS, SAVE_STEPS = 120, 10
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, tiny_folder):
+    return make_model(tmp_path_factory.mktemp("model"), tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_conversations(tmp_path_factory.mktemp("data") / "train.jsonl")
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    monkeypatch.setattr(run_trainer, "plot_loss", lambda *_: None)
+
+
+def weights(folder: Path) -> torch.Tensor:
+    return load_file(folder / "prefix_encoder.safetensors")["embedding.weight"]
+
+
+# SIGTERM
+
+
+def signal_at(step: int, monkeypatch, number: int = signal.SIGTERM) -> None:
+    """Sends this process a signal in the middle of a step."""
+    original, calls = run_trainer.RunTrainer.training_step, []
+
+    def training_step(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == step:
+            os.kill(os.getpid(), number)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(run_trainer.RunTrainer, "training_step", training_step)
+
+
+def test_sigterm_saves_and_ends_and_the_run_goes_on(model, data, tmp_path, monkeypatch, capsys):
+    options = {"pre_seq_len": 4, "max_steps": 9, "save_steps": 100}
+    assert train(model, data, tmp_path / "whole", **options) == 0
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        signal_at(5, patch)
+        assert train(model, data, tmp_path / "o", **options) == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert "stopped by SIGTERM after step 5" in capsys.readouterr().err
+    assert checkpoints.find_last_checkpoint(tmp_path / "o").name == "checkpoint-5"
+    assert not (tmp_path / "o" / "prefix_encoder.safetensors").exists()  # no result: the run is not at its end
+    assert train(model, data, tmp_path / "o", resume_from_checkpoint=True, **options) == 0
+    assert torch.equal(weights(tmp_path / "o"), weights(tmp_path / "whole"))
+    assert losses(tmp_path / "o") == losses(tmp_path / "whole")
+
+
+# SIGKILL
+
+
+def run_in_child(argv: list[str]) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(1, 2)
+    torch.set_num_threads(1)
+    os._exit(finetune.main(argv))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked, so that they start at once")
+def test_twenty_kills_at_random_moments_lose_at_most_one_save_interval(model, data, tmp_path):
+    """Kills fall where they fall: in steps, while a checkpoint is written, while old ones are removed."""
+    draw = random.Random(7)
+    options = {"pre_seq_len": 4, "max_steps": STEPS, "save_steps": SAVE_STEPS, "save_total_limit": 3}
+    options |= {"resume_from_checkpoint": True, "plot_loss": False}
+    context = multiprocessing.get_context("fork")
+    started = time.monotonic()
+    whole = context.Process(target=run_in_child, args=(flags(model, data, tmp_path / "whole", **options),))
+    whole.start()
+    whole.join()
+    assert whole.exitcode == 0
+    seconds = time.monotonic() - started
+    killed, kills, reached = tmp_path / "killed", 0, 0
+    partials = 0
+    while kills < 20:
+        child = context.Process(target=run_in_child, args=(flags(model, data, killed, **options),))
+        child.start()
+        step_before = reached
+        child.join(timeout=draw.uniform(0.3, 0.6) * seconds)
+        if child.exitcode is not None:
+            assert child.exitcode == 0
+            break  # the run is through already: kills come early enough to make this rare
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        kills += 1
+        newest = checkpoints.find_last_checkpoint(killed)
+        reached = json.loads((newest / checkpoints.MANIFEST).read_text())["step"] if newest else 0
+        partials += any(path.name.startswith(checkpoints.PARTIAL_PREFIX) for path in killed.glob(".*"))
+        assert reached >= step_before  # nothing that was saved is lost
+        log = killed / "trainer_log.jsonl"
+        last = max((json.loads(line)["current_steps"] for line in log.read_text().splitlines()), default=0)
+        assert last - reached <= SAVE_STEPS
+        if reached == STEPS:
+            break
+        if reached > STEPS - 2 * SAVE_STEPS:  # start anew, so that all kills find a run at work
+            for checkpoint in checkpoints.list_checkpoints(killed):
+                checkpoints.remove_checkpoint(checkpoint)
+            reached = 0
+    assert kills == 20
+    last = context.Process(target=run_in_child, args=(flags(model, data, killed, **options),))
+    last.start()
+    last.join()
+    assert last.exitcode == 0
+    assert torch.equal(weights(killed), weights(tmp_path / "whole"))
+    assert losses(killed) == losses(tmp_path / "whole")
+    assert not list(killed.glob(f"{checkpoints.PARTIAL_PREFIX}*"))
+
+
+# Disks
+
+
+def test_a_full_disk_leaves_nothing_half_written(model, data, tmp_path, monkeypatch, capsys):
+    options = {"pre_seq_len": 4, "max_steps": 6, "save_steps": 2}
+    original, calls = checkpoints._flush, []
+
+    def flush(path):
+        calls.append(path)
+        if "checkpoint-4" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        original(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "_flush", flush)
+        assert train(model, data, tmp_path / "o", **options) == 1
+    error = capsys.readouterr().err
+    assert "No space left on device" in error and "make room" in error
+    assert [path.name for path in checkpoints.list_checkpoints(tmp_path / "o")] == ["checkpoint-2"]
+    assert not list((tmp_path / "o").glob(f"{checkpoints.PARTIAL_PREFIX}*"))
+    assert train(model, data, tmp_path / "o", resume_from_checkpoint=True, **options) == 0
+
+
+def test_an_output_folder_that_cannot_be_written_to_is_refused_at_once(model, data, tmp_path, monkeypatch, capsys):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert train(model, data, blocked / "o", pre_seq_len=4) == 1
+    assert f"cannot be written to: {blocked} is no folder" in capsys.readouterr().err
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write anywhere
+    assert train(model, data, tmp_path / "a" / "b", pre_seq_len=4) == 1
+    assert f"cannot be written to: {tmp_path} is read-only" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+# The manifest
+
+
+@pytest.fixture(scope="module")
+def finished(model, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "o"
+    assert train(model, data, folder, pre_seq_len=4, max_steps=10, gradient_accumulation_steps=2) == 0
+    return folder
+
+
+def test_the_manifest_says_what_a_run_was_made_of(finished, model, data):
+    manifest = json.loads((finished / RUN_MANIFEST).read_text(encoding="utf-8"))
+    assert manifest["options"]["max_steps"] == 10
+    assert manifest["effective"]["rows_of_a_step"] == 4
+    assert manifest["effective"]["learning_rate"] == 2e-2
+    assert manifest["data"] == [
+        {"path": str(data), "bytes": data.stat().st_size, "sha256": checkpoints.hash_file(data)}
+    ]
+    assert [Path(each["path"]).name for each in manifest["model"]][:2] == ["config.json", "tokenizer.model"]
+    assert len(manifest["first_steps"]) == 6  # 24 rows, 4 a step
+    assert len(set(manifest["first_steps"])) == 6
+    assert manifest["versions"]["torch"] == torch.__version__
+    assert set(manifest["git"] or {"commit", "has_changes"}) == {"commit", "has_changes"}
+
+
+def test_the_first_steps_are_those_that_were_trained(finished, model, data, tmp_path, monkeypatch):
+    """The hashes come from the order alone; here they are compared with the batches of a real run."""
+    seen = []
+    original = run_trainer.RunTrainer.training_step
+
+    def training_step(self, model, inputs, *args):
+        seen.append(inputs["row_index"].tolist())
+        return original(self, model, inputs, *args)
+
+    monkeypatch.setattr(run_trainer.RunTrainer, "training_step", training_step)
+    assert train(model, data, tmp_path / "o", pre_seq_len=4, max_steps=6, gradient_accumulation_steps=2) == 0
+    from finetune_chatmodel_demo.training.sampling import LengthGroupedBatches
+
+    rows = [row for batch in seen for row in batch]
+    assert sorted(rows) == list(range(24))
+    from finetune_chatmodel_demo.training.command_line import parse_given
+    from finetune_chatmodel_demo.training.settings import decide_settings
+
+    given = flags(model, data, tmp_path / "x", pre_seq_len=4, max_steps=6, gradient_accumulation_steps=2)
+    settings = decide_settings(*parse_given(given))
+    from finetune_chatmodel_demo.chatglm3 import load_tokenizer
+    from finetune_chatmodel_demo.conversation.stage_data import build_stage_data
+
+    lengths = build_stage_data(settings.data, "sft", load_tokenizer(model), 3).train.lengths
+    assert rows == list(LengthGroupedBatches(lengths, 2, 3))
+
+
+def test_a_replay_finds_the_same_first_steps(finished, capsys):
+    assert finetune.main(["--replay", str(finished)]) == 0
+    assert "the first steps are identical" in capsys.readouterr().out
+
+
+def test_a_replay_names_what_has_changed(finished, data, tmp_path, capsys):
+    manifest = json.loads((finished / RUN_MANIFEST).read_text(encoding="utf-8"))
+    changed = tmp_path / "train.jsonl"
+    changed.write_text(data.read_text(encoding="utf-8").replace("皮卡丘", "雷丘"), encoding="utf-8")
+    manifest["options"] |= {"train_file": str(changed), "learning_rate": 1e-2}
+    manifest["data"][0]["path"] = str(changed)
+    (tmp_path / "m.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert finetune.main(["--replay", str(tmp_path / "m.json")]) == 1
+    printed = capsys.readouterr().out
+    assert "the rows of step 1 differ" in printed
+    assert f"data: {changed} has changed" in printed
+    assert "learning_rate was 0.02, is 0.01" in printed
+
+
+def test_a_missing_manifest_is_explained(tmp_path, capsys):
+    assert finetune.main(["--replay", str(tmp_path / "nothing.json")]) == 1
+    assert "no manifest of a run can be read there" in capsys.readouterr().err
