@@ -85,7 +85,7 @@ def check_files(
                 "the weights"
             )
         notices.append(f"there is no folder {folder.absolute()}: {folder} is taken for a name on the hub")
-    if not given.get("output_dir"):
+    if not given.get("output_dir") and not given.get("overfit_check"):
         raise SettingsError("--output_dir is missing: the folder for checkpoints and the result")
     _check_output(Path(str(given["output_dir"])))
     deepspeed = given.get("deepspeed")
@@ -297,6 +297,21 @@ def _check_best(settings: "Settings") -> None:
         )
     if str(given.get("metric_for_best_model")) in ("exact", "eval_exact") and not run.eval_questions:
         raise SettingsError("--metric_for_best_model exact needs --eval_questions N, e.g. 100, which measures it")
+
+
+def _check_overfit_check(settings: "Settings") -> None:
+    run, given = settings.run, settings.given
+    if run.overfit_check is None:
+        return
+    if run.overfit_check < 1:
+        raise SettingsError(f"--overfit_check is {run.overfit_check}; give a number of rows, e.g. 8")
+    if settings.stage.stage != "sft":
+        raise SettingsError(f"--overfit_check looks at replies: use it with --stage sft, not {settings.stage.stage}")
+    for flag in ("deepspeed", "streaming", "do_predict", "do_eval"):
+        if given.get(flag):
+            raise SettingsError(f"--overfit_check trains on a few rows in one process; drop --{flag}")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise SettingsError("--overfit_check works in one process; start it with python, not with torchrun")
 
 
 def _check_streaming(settings: "Settings") -> None:

@@ -161,6 +161,8 @@ def decide_settings(given: dict[str, object], notices: list[str] | None = None) 
     )
     check_settings(settings)
     training = _build_training_arguments(settings)
+    if settings.run.overfit_check is not None:  # leaves the checkpoints of --output_dir alone
+        return replace(settings, training=training)
     checkpoint = None
     if settings.does_train and not settings.run.overwrite_output_dir:
         checkpoint = _find_checkpoint(training, settings)
