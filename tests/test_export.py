@@ -11,9 +11,10 @@ import torch
 from adapter_helpers import make_adapter, make_official_adapter, randomize
 from generation_helpers import build_prefix_folder, build_random_folder
 from safetensors.torch import load_file, save_file
+from training_helpers import make_model, train, write_conversations
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from finetune_chatmodel_demo import export
+from finetune_chatmodel_demo import export, inference
 from finetune_chatmodel_demo.chatglm3 import ChatGLM3Config, load_model, read_prefix_config
 from finetune_chatmodel_demo.chatglm3 import exporting as exporting_module
 from finetune_chatmodel_demo.chatglm3.adapters import add_adapter, load_adapter, save_adapter
@@ -546,6 +547,24 @@ def test_an_abbreviated_or_unknown_flag_is_refused(capsys):
     with pytest.raises(SystemExit):
         export.main(["--output", "x", "--fold"])
     assert "unrecognized arguments: --fold" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_from_training_to_a_merged_model_that_answers_the_same(capsys, tiny_folder, tmp_path):
+    model = make_model(tmp_path / "model", tiny_folder)
+    data = write_conversations(tmp_path / "data.jsonl")
+    output = tmp_path / "lora"
+    options = {"finetuning_type": "lora", "learning_rate": 2e-2, "max_steps": 30, "logging_steps": 30}
+    assert train(model, data, output, **options) == 0
+    assert export.main(["--adapter", str(output), "--output", str(tmp_path / "merged")]) == 0
+    capsys.readouterr()
+    replies = []
+    for flags in (["--adapter", output], ["--model", tmp_path / "merged"], ["--model", model]):
+        given = [*map(str, flags), "--device", "cpu", "--prompt", "皮卡丘的属性是什么", "--max-new-tokens", "16"]
+        assert inference.main(given) == 0
+        replies.append(capsys.readouterr().out)
+    assert replies[0] == replies[1] != replies[2]
+    assert replies[0].startswith("电属性的宝可梦")
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from generation_helpers import PREFIX_LENGTH, build_prefix_folder, build_random_
 
 from finetune_chatmodel_demo import inference
 from finetune_chatmodel_demo.chatglm3 import load_model
-from finetune_chatmodel_demo.chatglm3.adapters import load_adapter
+from finetune_chatmodel_demo.chatglm3.adapters import add_adapter, load_adapter, save_adapter
 from finetune_chatmodel_demo.conversation.rendering import render_prompt
 from finetune_chatmodel_demo.generation import folders as model_folders
 from finetune_chatmodel_demo.generation.errors import UsageError, run_and_explain
@@ -219,6 +219,15 @@ def test_adapters_and_prefixes_on_quantized_bases(capsys, base, adapter, prefix,
         code, out, err = run_main(capsys, flag, folder, *flags)
         assert (code, out) == (0, "".join(session.reply(QUESTION)) + "\n")
         assert f"{base} in {bits} bits + " in err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_knows_that_its_base_was_quantized(tmp_path, base):
+    pytest.importorskip("bitsandbytes")
+    save_adapter(add_adapter(load_model(base, quantization_bit=4, device="cpu")), tmp_path, base_model=str(base))
+    notice = "the adapter was trained on the base in 4 bits; --quantization-bit 4 loads it so"
+    assert notice in choose("--adapter", tmp_path).notices
+    assert notice not in choose("--adapter", tmp_path, "--quantization-bit", 4).notices
 
 
 def test_reward_models_do_not_chat(capsys, tmp_path, base):

@@ -146,7 +146,9 @@ def merge_adapter(adapted: Any) -> nn.Module:
             weight.data = weight.data.to(dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="All adapters are already merged")
-        return adapted.merge_and_unload()
+        merged = adapted.merge_and_unload()
+    vars(merged).pop("peft_config", None)  # or the next adapter would be taken for a second one
+    return merged
 
 
 def _write(model: nn.Module, folder: Path, job: ModelExport) -> None:

@@ -18,6 +18,8 @@ OTHER_HEADS = {
     "lm": {},
     "score": {"missing_keys": {"score.weight", "score.bias"}, "unexpected_keys": {"lm_head.weight"}},
 }
+# It warns that an optional package is missing, and in every layer of every step that activations become float16.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 DOWNLOAD_HINT = "THUDM/README.md says how to get the weights and how to check them."
 
 
@@ -112,8 +114,6 @@ def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype
 
 def _quantization(bits: int, dtype: torch.dtype | str) -> BitsAndBytesConfig:
     if bits == 8:
-        # It says in every layer of every step that activations become float16.
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,

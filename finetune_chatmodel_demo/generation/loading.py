@@ -117,6 +117,11 @@ def choose_model(arguments: argparse.Namespace) -> ModelChoice:
         raise UsageError(f"--model {model} is a reward model (stage rm): it scores texts and cannot write any")
     if arguments.quantization_bit and importlib.util.find_spec("bitsandbytes") is None:
         raise UsageError("--quantization-bit needs the package bitsandbytes; pip install bitsandbytes (Linux)")
+    trained_in = getattr(config, "quantization_bit", None)
+    if trained_in and not arguments.quantization_bit:
+        notices.append(
+            f"the adapter was trained on the base in {trained_in} bits; --quantization-bit {trained_in} loads it so"
+        )
     return ModelChoice(
         model=model,
         tokenizer=find_folder(arguments.tokenizer or model),
