@@ -1,18 +1,15 @@
 """Reads a CSV row by row, with one row in memory, and says exactly what is wrong with a broken one.
 
-Encodings: those of `json_files.detect_encoding`. Exercised by `python data_processing/data_processing.py`.
+What it adds to `csv_files.CSVFile`: stripped cells, ragged rows that stop or are counted, and mistakes as DataErrors.
+Exercised by `python data_processing/data_processing.py`.
 """
 
-import csv
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from data_processing.common import DataError, find_input
-from finetune_chatmodel_demo.conversation.json_files import detect_encoding
-
-CELL_LIMIT = 1 << 20
-"""Characters. A longer cell is an unclosed quote that swallows the rest of the file."""
+from finetune_chatmodel_demo.conversation.csv_files import CSVFile
+from finetune_chatmodel_demo.conversation.json_files import RecordError
 
 
 class CsvRows:
@@ -28,77 +25,42 @@ class CsvRows:
         bytes_read: position in the file, for a progress bar.
 
     Raises:
-        DataError: empty file, no data rows, duplicate names in the header, ragged rows, unknown encoding.
+        DataError: empty file, no data rows, duplicate names in the header, ragged rows.
+        RecordError: unknown encoding.
     """
 
     def __init__(self, path: str | Path, on_bad_record: str = "error") -> None:
         self.path = find_input(path)
         self.on_bad_record = on_bad_record
-        self.encoding = detect_encoding(self.path)
         self.bad_count = 0
         self.bad_messages: list[str] = []
-        self.bytes_read = 0
-        self._header: list[str] = []
-        self._header = self._read_header()
-        self.columns = [name for name in self._header if name]
+        self._file = CSVFile(self.path)
+        self.encoding = self._file.encoding
+        try:
+            self.columns = [name for name in self._file.header if name]
+        except RecordError as error:
+            raise DataError(str(error)) from None
+
+    @property
+    def bytes_read(self) -> int:
+        """See the class."""
+        return self._file.bytes_read
 
     def __iter__(self) -> Iterator[dict[str, str]]:
         is_empty = True
-        for line, cells in self._lines():
-            if cells is self._header or not any(cells):
-                continue
-            is_empty = False
-            if len(cells) == len(self._header):
-                yield {name: cell for name, cell in zip(self._header, cells) if name}
-            else:
-                self._report_ragged(line, cells)
+        try:
+            for row in self._file.values():
+                is_empty = False
+                if row.problem is None:
+                    yield {name: cell.strip() for name, cell in row.value.items()}
+                else:
+                    self._report_ragged(f"{self.path} line {row.line}: {row.problem}")
+        except RecordError as error:
+            raise DataError(str(error)) from None
         if is_empty:
             raise DataError(f"{self.path} has a header and no rows; add at least one row")
 
-    def _lines(self) -> Iterator[tuple[int, list[str]]]:
-        """(line number in the file, stripped cells); the first non-blank line is `self._header` itself."""
-        csv.field_size_limit(CELL_LIMIT)
-        header_seen = not self._header
-        with self.path.open(encoding=self.encoding, newline="") as file:
-            reader = csv.reader(file, strict=True)
-            start = 1
-            while True:
-                try:
-                    cells = [cell.strip() for cell in next(reader)]
-                except StopIteration:
-                    return
-                except csv.Error as error:
-                    raise DataError(
-                        f"{self.path}: the row that starts at line {start} cannot be read ({error}); "
-                        "look for a quote that is not closed, or double the quotes inside a cell"
-                    ) from None
-                self.bytes_read = file.buffer.tell()
-                if not header_seen and any(cells):
-                    header_seen, cells = True, self._header
-                yield start, cells
-                start = reader.line_num + 1
-
-    def _read_header(self) -> list[str]:
-        for _, cells in self._lines():
-            if any(cells):
-                break
-        else:
-            raise DataError(f"{self.path} has no header: every line is blank")
-        doubled = [name for name, count in Counter(cells).items() if name and count > 1]
-        if doubled:
-            places = {name: [i + 1 for i, cell in enumerate(cells) if cell == name] for name in doubled}
-            raise DataError(f"{self.path}: the header names columns twice: {places}; rename them")
-        if len(cells) == 1 and any(mark in cells[0] for mark in "\t;|"):
-            raise DataError(f"{self.path}: the header is one cell, {cells[0]!r}; save it comma-separated")
-        return cells
-
-    def _report_ragged(self, line: int, cells: list[str]) -> None:
-        expected, got = len(self._header), len(cells)
-        start = ",".join(cells)[:40]
-        message = (
-            f"{self.path} line {line}: {got} cells where the header has {expected} columns (it starts "
-            f"{start!r}); {'quote cells that hold a comma' if got > expected else 'add the missing commas'}"
-        )
+    def _report_ragged(self, message: str) -> None:
         if self.on_bad_record == "error":
             raise DataError(f"{message}, or pass --on_bad_record skip")
         self.bad_count += 1

@@ -24,7 +24,7 @@ DOCUMENT_MISSING = {"进化自": ("它没有更早的形态。", "它一出生�
 DOCUMENT_ENDINGS = ("关于{姓名}的记录到此结束。", "{姓名}的这一页就写到这里。")
 
 # Tool calls: the attribute that the tool is asked for → the column that holds it, and the unit.
-TOOL = {"name": "pokedex", "description": "宝可梦图鉴", "parameters": {"name": "宝可梦", "attribute": "项目"}}
+TOOL = {"name": "pokedex", "description": "宝可梦图鉴", "parameters": {"name": "宝可梦", "attribute": "资料"}}
 TOOL_ATTRIBUTES = {
     "属性": ("属性", ""),
     "弱点": ("弱点", ""),
