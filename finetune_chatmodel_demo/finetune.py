@@ -74,7 +74,12 @@ def _run(given: dict[str, object], notices: list[str]) -> int:
     try:
         if given.get("replay"):
             return _replay(str(given["replay"]))
-        run_finetuning(decide_settings(given, notices))
+        settings = decide_settings(given, notices)
+        if settings.run.overfit_check is not None:
+            from finetune_chatmodel_demo.training.overfitting import run_overfit_check
+
+            return 0 if run_overfit_check(settings) else 1
+        run_finetuning(settings)
     except RunStopped as stopped:
         print(f"{stopped}; --resume_from_checkpoint True continues from there", file=sys.stderr)
         return TERMINATED

@@ -85,9 +85,10 @@ def check_files(
                 "the weights"
             )
         notices.append(f"there is no folder {folder.absolute()}: {folder} is taken for a name on the hub")
-    if not given.get("output_dir") and not given.get("overfit_check"):
+    if given.get("output_dir"):
+        _check_output(Path(str(given["output_dir"])))
+    elif not given.get("overfit_check"):
         raise SettingsError("--output_dir is missing: the folder for checkpoints and the result")
-    _check_output(Path(str(given["output_dir"])))
     deepspeed = given.get("deepspeed")
     if deepspeed and isinstance(deepspeed, str) and deepspeed[0] != "{" and not Path(deepspeed).is_file():
         raise SettingsError(f"--deepspeed {deepspeed} does not exist")

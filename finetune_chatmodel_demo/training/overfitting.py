@@ -196,7 +196,8 @@ class _Stepper:
             loss = self.model(**{name: value.to(self.device) for name, value in batch.items()}).loss
         if not torch.isfinite(loss):
             raise NonFiniteLossError(
-                f"the loss is {loss.item()} at step {self.steps} of the overfit check; lower --learning_rate {self.rate:g}"
+                f"the loss is {loss.item()} at step {self.steps} of the overfit check; lower --learning_rate "
+                f"{self.rate:g}"
             )
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()

@@ -98,7 +98,7 @@ def find_causes(outcome: Outcome, contradictions: Sequence[Contradiction], setti
     cut = sum(not reply.is_whole for reply, is_exact in zip(outcome.replies, outcome.is_exact) if not is_exact)
     if cut:
         causes.append(f"{cut} replies are cut off by the length limit; raise --max_seq_length or shorten the rows")
-    if len(outcome.losses) >= 6:
+    if len(outcome.losses) >= 12:
         whole, end = (
             measure_improvement(outcome.losses),
             measure_improvement(outcome.losses[len(outcome.losses) // 2 :]),
@@ -116,7 +116,8 @@ def find_causes(outcome: Outcome, contradictions: Sequence[Contradiction], setti
             )
         elif not own:
             causes.append(
-                f"too little room: the loss stays at {end.now:.3f}; give {MORE_CAPACITY[settings.method]}, or fewer rows"
+                f"too little room: the loss stays at {end.now:.3f}; give {MORE_CAPACITY[settings.method]}, or fewer "
+                "rows"
             )
     return causes
 
