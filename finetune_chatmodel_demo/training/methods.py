@@ -9,8 +9,7 @@ Exercise it with `pytest tests/test_methods.py`.
 """
 
 import difflib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from finetune_chatmodel_demo.chatglm3.adapters import add_adapter, load_adapter, save_adapter
+from finetune_chatmodel_demo.chatglm3.adapters import without_tuning as without_tuning  # the stages find it here
 from finetune_chatmodel_demo.chatglm3.checkpoints import load_prefix, read_prefix_config, save_prefix
 from finetune_chatmodel_demo.chatglm3.loading import load_model, load_tokenizer
 from finetune_chatmodel_demo.chatglm3.prefix_start import encode_start, start_prefix_as
@@ -251,23 +251,6 @@ def load_trained(model: nn.Module, settings: Settings, folder: str | Path) -> No
         saved = load_model(folder, dtype=torch.float32, device="cpu", head=head).state_dict()
         model.load_state_dict(saved)
         _load_trained_parameters(model, Path(folder))
-
-
-@contextmanager
-def without_tuning(model: nn.Module) -> Iterator[None]:
-    """Within this context a model with a prefix or an adapter is its base: the reference of dpo and ppo.
-
-    Raises:
-        ValueError: for a model whose own parameters are trained (freeze, full): its base is gone.
-    """
-    if hasattr(model, "disable_adapter"):
-        with model.disable_adapter():
-            yield
-    elif getattr(model, "prefix_encoder", None) is not None:
-        with model.prefix_disabled():
-            yield
-    else:
-        raise ValueError("the model has neither a prefix nor an adapter that could be switched off")
 
 
 def describe_method(settings: Settings, model: nn.Module) -> str:
