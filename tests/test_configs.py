@@ -37,6 +37,13 @@ STARTS_FROM = {
     "ppo_freeze": {"reward_model": "rm_freeze"},
     "ppo_full": {"reward_model": "rm_full"},
 }
+PICTURES = {
+    "pt": {"training_loss.png", "training_eval_loss.png"},
+    "sft": {"training_loss.png", "training_eval_loss.png"},
+    "rm": {"training_loss.png", "training_eval_loss.png", "training_rewards.png", "training_accuracy.png"},
+    "dpo": {"training_loss.png", "training_eval_loss.png", "training_rewards.png", "training_accuracy.png"},
+    "ppo": {"training_loss.png", "training_rewards.png"},
+}
 KINDS = {"pt": "text", "sft": "multi-turn", "ppo": "multi-turn", "rm": "preference", "dpo": "preference"}
 
 
@@ -190,4 +197,5 @@ def test_every_file_runs(name, model, outputs):
     assert math.isfinite(results["train_loss"])
     if "eval_dataset" in config or name == QLORA:
         assert math.isfinite(results["eval_loss"])
+    assert {path.name for path in folder.glob("*.png")} == PICTURES[config["stage"]]
     assert [json.loads(line)["current_steps"] for line in (folder / "trainer_log.jsonl").open()][-1] == 2
