@@ -28,7 +28,7 @@ class ProbeError(ValueError):
 
 @dataclass(frozen=True)
 class Probes:
-    """`texts`: name of a set → its items, a text or a conversation of (role, content). `tasks`: (prompt, form or None)."""
+    """`texts`: name of a set → texts or conversations of (role, content). `tasks`: (prompt, form or None)."""
 
     texts: dict[str, list[str | list[tuple[str, str]]]]
     tasks: list[tuple[str, re.Pattern[str] | None]]
@@ -50,18 +50,10 @@ def read_probes(path: str | Path = PROBES_FILE) -> Probes:
         }
         forms = [task.get("form") for task in data["obedience"]]
         tasks = [(str(task["prompt"]), form and re.compile(form)) for task, form in zip(data["obedience"], forms)]
-    except (
-        json.JSONDecodeError,
-        UnicodeDecodeError,
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        re.error,
-    ) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
         raise ProbeError(
-            f"{path} is no probe file ({type(error).__name__}: {error}); it needs the keys perplexity and obedience, as "
-            f"{PROBES_FILE.name} beside probing.py has them"
+            f"{path} is no probe file ({type(error).__name__}: {error}); it needs the keys perplexity and obedience, "
+            f"as {PROBES_FILE.name} beside probing.py has them"
         ) from None
     if not any(texts.values()) and not tasks:
         raise ProbeError(f"{path} holds no probe")

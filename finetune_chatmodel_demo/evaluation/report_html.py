@@ -31,7 +31,7 @@ def to_html(result: dict[str, Any]) -> str:
         "<h2>Exact answers</h2>",
         share_chart(result),
         _table(report_text.share_rows(result)),
-        _note(report_text.NOTES_ON_SHARES.replace("*", "")),
+        _note(report_text.NOTES_ON_SHARES),
         "<h2>Outcomes</h2>",
         outcome_chart(result),
         _table(report_text.outcome_rows(result)),
@@ -49,17 +49,14 @@ def to_html(result: dict[str, Any]) -> str:
     parts += ["<h2>By column</h2>", _table(report_text.split_rows(result, "by_column"))]
     parts += ["<h2>By kind of turn</h2>", _table(report_text.split_rows(result, "by_kind"))]
     parts += ["<h2>The worst examples</h2>", *(_examples(candidate) for candidate in result["candidates"])]
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Evaluation</title><style>{STYLE}</style>'
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Evaluation</title>'
+    head += f"<style>{STYLE}</style>"
     body = "\n".join(parts)
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
 
 
 def _description(result: dict[str, Any]) -> str:
-    items = [
-        f"{escape(key)}: {escape(str(value))}"
-        for key, value in result.get("run", {}).items()
-        if value not in (None, "", [], {})
-    ]
+    items = [f"{escape(key)}: {escape(value)}" for key, value in report_text.run_facts(result)]
     for candidate in result["candidates"]:
         where = f", {candidate['checkpoint']}" if candidate["checkpoint"] else ""
         text = escape(f"{candidate['kind']} of {candidate['model']}{where}")

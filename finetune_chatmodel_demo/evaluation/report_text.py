@@ -141,14 +141,18 @@ def to_markdown(result: Result) -> str:
 
 
 NOTES_ON_SHARES = (
-    "Exact: the reply states the fact, in whatever words, and nothing that contradicts the table (95 % Wilson interval; "
-    "the turns of one conversation count singly). *Same answer always* is what the most frequent value of each column "
-    "would score. Unanswerable questions are right where the reply says that it does not know and states no value."
+    "Exact: the reply states the fact, in whatever words, and nothing that contradicts the table (95 % Wilson "
+    "interval; the turns of one conversation count singly). Same answer always: what the most frequent value of each "
+    "column would score. Unanswerable questions are right where the reply says that it does not know and states no "
+    "value. Begins right: the first line or sentence alone is exact, whatever follows it."
 )
-NOTES_ON_DIFFERENCES = "Second minus first, on the same questions; the interval is a bootstrap over conversations, p the exact McNemar test."
+NOTES_ON_DIFFERENCES = (
+    "Second minus first, on the same questions; the interval is a bootstrap over conversations, p is of the exact "
+    "McNemar test."
+)
 NOTES_ON_PROBES = (
-    "Perplexity of text that fine-tuning was not about, and whether replies to other requests end by themselves, are one "
-    "plain turn of the assistant, and have the form that was asked for."
+    "Perplexity of text that fine-tuning was not about, and whether replies to other requests end by themselves, are "
+    "one plain turn of the assistant, and have the form that was asked for."
 )
 
 
@@ -161,9 +165,23 @@ def example_rows(examples: Sequence[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
+def run_facts(result: Result) -> list[tuple[str, str]]:
+    """What a report says of the run, one line a key; long lists are counted."""
+    facts = []
+    for key, value in result.get("run", {}).items():
+        if value in (None, "", [], {}):
+            continue
+        if isinstance(value, dict):
+            value = ", ".join(f"{name}: {part}" for name, part in value.items())
+        elif isinstance(value, list):
+            value = f"{len(value)} ({'、'.join(map(str, value[:5]))} …)"
+        facts.append((key.replace("_", " "), str(value)))
+    return facts
+
+
 def _describe(result: Result) -> list[str]:
     """What was asked of whom."""
-    lines = [f"- {key}: {value}" for key, value in result.get("run", {}).items() if value not in (None, "", [], {})]
+    lines = [f"- {key}: {value}" for key, value in run_facts(result)]
     for candidate in result["candidates"]:
         where = f", {candidate['checkpoint']}" if candidate["checkpoint"] else ""
         lines.append(f"- **{candidate['name']}**: {candidate['kind']} of {candidate['model']}{where}")

@@ -45,8 +45,8 @@ def check_training_file(questions: QuestionSet, path: str | Path) -> dict[str, O
             leaks.append(users[0])
     if leaks:
         raise LeakError(
-            f"{path}: {len(leaks)} conversations are about subjects that are said to be held out, e.g. {leaks[0]!r}; make "
-            "it with data_processing.py and the same --hold_out"
+            f"{path}: {len(leaks)} conversations are about subjects that are said to be held out, e.g. {leaks[0]!r}; "
+            "make it with data_processing.py and the same --hold_out"
         )
     groups: dict[str, list[bool]] = {}
     for turn in questions.turns:
