@@ -133,6 +133,28 @@ def test_a_reward_model_keeps_its_head(base, tmp_path):
         load_adapter(load(base, head="score"), make_adapter(tmp_path / "lm", base))
 
 
+def test_modules_that_are_held_whole(base, tmp_path):
+    make_adapter(tmp_path, base, additional_target="lm_head,embed_tokens")
+    adapted = load_adapter(load(base), tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert torch.equal(adapted.base_model.model.lm_head.weight, saved["base_model.model.lm_head.weight"])
+    expected = logits(adapted)
+    with without_tuning(adapted):
+        assert torch.equal(logits(adapted), logits(load(base)))
+    config = ChatGLM3Config.from_pretrained(base)
+    settings, tensors = to_official_names(*read_adapter(tmp_path, config), config)
+    assert settings["modules_to_save"] == ["output_layer", "word_embeddings"]
+    assert {name for name in tensors if "lora_" not in name} == {
+        "base_model.model.transformer.output_layer.weight",
+        "base_model.model.transformer.embedding.word_embeddings.weight",
+    }
+    write_adapter(tmp_path / "official", settings, tensors)
+    assert (logits(load_adapter(load(base), tmp_path / "official")) - expected).abs().max() <= 1e-5
+    merged = adapted.merge_and_unload()
+    assert (logits(merged) - expected).abs().max() <= 1e-5
+    assert torch.equal(merged.lm_head.weight, saved["base_model.model.lm_head.weight"])
+
+
 def test_only_prefixes_and_adapters_can_be_switched_off(base):
     with pytest.raises(ValueError, match="neither a prefix nor an adapter"), without_tuning(load(base)):
         pass
