@@ -1,6 +1,12 @@
 """The templates default and raw: their bytes, labels, prompts and cuts. chatglm3 is held in test_conversation.py."""
 
+import io
+import json
+import sys
+from pathlib import Path
+
 import pytest
+import torch
 from conversation_helpers import (
     TOKENIZER,
     assistant,
@@ -9,6 +15,7 @@ from conversation_helpers import (
     read_ids,
     read_targets,
     user,
+    write_jsonl,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -221,3 +228,60 @@ def test_replies_of_text_formats_have_no_metadata_line(tokenizer, prompt_format)
         tokenizer, [user("u"), {"role": "assistant", "metadata": "f", "content": "```python\ntool_call(a=1)\n```"}],
         prompt_format=prompt_format,
     )  # fmt: skip
+
+
+# From training to talking
+
+ROUNDS = {
+    "皮卡丘": [user("皮卡丘是什么属性？"), assistant("电属性。"), user("它的弱点呢？"), assistant("地面属性。")],
+    "妙蛙种子": [user("妙蛙种子是什么属性？"), assistant("草、毒属性。"), user("它的弱点呢？"), assistant("火属性。")],
+}
+
+
+def overfit(folder: Path, tokenizer_folder: Path, records: list[dict], **flags) -> Path:
+    """Trains a random small model on a few records until it knows them by heart."""
+    from training_helpers import make_model, train
+
+    data = write_jsonl(folder / "train.jsonl", records)
+    schedule = {"max_steps": 120, "learning_rate": 1e-2, "lr_scheduler_type": "cosine", "warmup_steps": 10}
+    model = make_model(folder / "model", tokenizer_folder)
+    assert train(model, data, folder / "out", logging_steps=60, **schedule, **flags) == 0
+    return folder / "out"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("template", ["default", "raw"])
+def test_a_model_is_asked_in_the_template_that_it_was_trained_in(tiny_folder, tmp_path, monkeypatch, capsys, template):
+    from finetune_chatmodel_demo import inference
+
+    system = message("system", "你是图鉴。")
+    records = [conversation(system, *rounds) for rounds in ROUNDS.values()]
+    folder = overfit(tmp_path, tiny_folder, records, template=template)
+    assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["prompt_format"] == template
+    for rounds in ROUNDS.values():
+        questions = "".join(each["content"] + "\n" for each in rounds[::2])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(questions.encode("utf-8"))))
+        capsys.readouterr()
+        assert inference.main(["--model", str(folder), "--system", system["content"], "--device", "cpu"]) == 0
+        assert capsys.readouterr().out.split() == [each["content"] for each in rounds[1::2]]
+
+
+@pytest.mark.slow
+def test_a_trained_call_stops_at_the_observation_token_and_parses(tiny_folder, tmp_path):
+    from finetune_chatmodel_demo.chatglm3 import load_model, load_tokenizer
+    from finetune_chatmodel_demo.generation.session import ChatSession
+
+    tools = [{"name": "look_up"}]
+    call = {"role": "tool", "name": "look_up", "parameters": {"a": "皮卡丘"}, "observation": "电"}
+    records = [conversation(user("皮卡丘？"), call, assistant("电属性。"), tools=tools)]
+    folder = overfit(tmp_path, tiny_folder, records)
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    session = ChatSession(model, tokenizer, tools=tools)
+    said = "".join(session.reply("皮卡丘？"))
+    assert session.last_tool_call == "look_up"
+    code = session.history[-1]["content"]
+    assert code in said and code.removeprefix("```python\n").removesuffix("\n```") == "tool_call(a='皮卡丘')"
+    prompt = render_prompt(tokenizer, [user("皮卡丘？")], tools=tools)
+    ids = model.generate(input_ids=torch.tensor([prompt]), generation_config=session.settings)[0].tolist()
+    assert ids[-1] == tokenizer.get_command("<|observation|>")
+    assert "".join(session.reply("电", role="observation")) == "电属性。"
