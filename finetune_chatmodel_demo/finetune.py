@@ -17,6 +17,7 @@ if __name__ == "__main__":
 
 from finetune_chatmodel_demo.training.arguments import SettingsError
 from finetune_chatmodel_demo.training.command_line import build_parser, parse_given, quick_help
+from finetune_chatmodel_demo.training.pasted import describe_lost_lines
 
 INTERRUPTED = 130
 TERMINATED = 143  # as a shell says of a process that SIGTERM ended
@@ -51,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stdout)
     is_first = os.environ.get("RANK", "0") == "0"
     logging.getLogger("finetune_chatmodel_demo").setLevel(logging.INFO if is_first else logging.WARNING)
+    given: dict[str, object] = {}
     try:
         given, notices = parse_given(argv)
         return _run(given, notices)
@@ -58,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted; --resume_from_checkpoint True continues from the newest checkpoint", file=sys.stderr)
         return INTERRUPTED
     except SettingsError as error:
-        print(f"finetune.py: error: {error}", file=sys.stderr)
+        print(f"finetune.py: error: {error}{describe_lost_lines(given)}", file=sys.stderr)
         return 1
 
 

@@ -165,6 +165,15 @@ def test_a_file_with_a_backslash_in_its_name_is_left_alone(tmp_path, monkeypatch
     assert parse_given(["--output_dir", "a\\b"]) == ({"output_dir": "a\\b"}, [])
 
 
+def test_a_comment_in_front_of_a_backslash_is_suspected(arrive, capsys):
+    argv = arrive("python --stage sft # 训练阶段 \\\n --do_train True")
+    assert argv == ["--stage", "sft"]
+    assert finetune.main(argv) == 1
+    error = capsys.readouterr().err
+    assert "there is nothing to read" in error
+    assert "in a command of several lines each but the last must end with a backslash, and no comment" in error
+
+
 @pytest.fixture
 def documents_folder(tmp_path, tiny_folder, monkeypatch) -> Path:
     """A folder as the document has it: its model's name, and a registry `data` with its three data sets."""

@@ -18,7 +18,7 @@ PREFIX = "prefix_encoder.safetensors"
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    monkeypatch.setattr(run_trainer, "plot_loss", lambda *_: None)
+    monkeypatch.setattr(run_trainer, "plot_curves", lambda *_: None)
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    monkeypatch.setattr(run_trainer, "plot_loss", lambda *_: None)
+    monkeypatch.setattr(run_trainer, "plot_curves", lambda *_: None)
 
 
 def decide(model, data, output, **options):

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -33,7 +34,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    monkeypatch.setattr(run_trainer, "plot_loss", lambda *_: None)
+    monkeypatch.setattr(run_trainer, "plot_curves", lambda *_: None)
 
 
 def weights(folder: Path) -> torch.Tensor:
@@ -90,37 +91,32 @@ def test_twenty_kills_at_random_moments_lose_at_most_one_save_interval(model, da
     options = {"pre_seq_len": 4, "max_steps": STEPS, "save_steps": SAVE_STEPS, "save_total_limit": 3}
     options |= {"resume_from_checkpoint": True, "plot_loss": False}
     context = multiprocessing.get_context("fork")
-    started = time.monotonic()
     whole = context.Process(target=run_in_child, args=(flags(model, data, tmp_path / "whole", **options),))
+    started = time.monotonic()
     whole.start()
     whole.join()
     assert whole.exitcode == 0
     seconds = time.monotonic() - started
     killed, kills, reached = tmp_path / "killed", 0, 0
-    partials = 0
-    while kills < 20:
+    for _ in range(80):
         child = context.Process(target=run_in_child, args=(flags(model, data, killed, **options),))
         child.start()
-        step_before = reached
-        child.join(timeout=draw.uniform(0.3, 0.6) * seconds)
-        if child.exitcode is not None:
-            assert child.exitcode == 0
-            break  # the run is through already: kills come early enough to make this rare
-        os.kill(child.pid, signal.SIGKILL)
+        child.join(timeout=draw.uniform(0.2, 0.7) * seconds)
+        if child.exitcode is None:
+            os.kill(child.pid, signal.SIGKILL)
+            kills += 1
         child.join()
-        kills += 1
-        newest = checkpoints.find_last_checkpoint(killed)
+        assert child.exitcode in (0, -signal.SIGKILL)
+        newest, before = checkpoints.find_last_checkpoint(killed), reached
         reached = json.loads((newest / checkpoints.MANIFEST).read_text())["step"] if newest else 0
-        partials += any(path.name.startswith(checkpoints.PARTIAL_PREFIX) for path in killed.glob(".*"))
-        assert reached >= step_before  # nothing that was saved is lost
+        assert reached >= before  # nothing that was saved is lost
         log = killed / "trainer_log.jsonl"
-        last = max((json.loads(line)["current_steps"] for line in log.read_text().splitlines()), default=0)
-        assert last - reached <= SAVE_STEPS
-        if reached == STEPS:
+        lines = log.read_text().splitlines() if log.exists() else []
+        assert max((json.loads(line)["current_steps"] for line in lines), default=0) - reached <= SAVE_STEPS
+        if kills == 20:
             break
-        if reached > STEPS - 2 * SAVE_STEPS:  # start anew, so that all kills find a run at work
-            for checkpoint in checkpoints.list_checkpoints(killed):
-                checkpoints.remove_checkpoint(checkpoint)
+        if reached > STEPS / 2:  # start anew, so that kills find a run at work
+            shutil.rmtree(killed)
             reached = 0
     assert kills == 20
     last = context.Process(target=run_in_child, args=(flags(model, data, killed, **options),))

@@ -40,7 +40,7 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """A loss curve takes longer than a run here; the one of `prefix_run`, which is set up earlier, is drawn."""
-    monkeypatch.setattr(run_trainer, "plot_loss", lambda *_: None)
+    monkeypatch.setattr(run_trainer, "plot_curves", lambda *_: None)
 
 
 @pytest.fixture(scope="module")

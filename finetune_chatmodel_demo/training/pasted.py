@@ -79,6 +79,17 @@ def repair_arguments(argv: list[str], known: set[str]) -> tuple[list[str], list[
     return _repair_quotes(argv, notices), notices
 
 
+def describe_lost_lines(given: dict[str, object]) -> str:
+    """What else may be wrong where a run lacks its most important flags: a comment in front of a backslash, which the
+    shell takes away together with it, leaves no other trace."""
+    if not given or given.get("model_name_or_path") or given.get("output_dir"):
+        return ""
+    return (
+        ". Neither --model_name_or_path nor --output_dir arrived: in a command of several lines each but the last must "
+        "end with a backslash, and no comment may stand in a line"
+    )
+
+
 def repair_values(name: str, values: list[str], notices: list[str]) -> list[str]:
     """Repairs the values of one flag: paths, lists with Chinese commas, numbers with a typographic minus.
 

@@ -135,8 +135,3 @@ def smooth(points: list[tuple[int, float]], weight: float = SMOOTHING) -> list[t
         average = weight * average + (1 - weight) * value
         result.append((step, average / (1 - weight**count)))
     return result
-
-
-def plot_loss(log_history: list[dict[str, Any]], path: Path) -> None:
-    """Draws all charts beside `path`."""
-    plot_curves(log_history, path.parent)

@@ -34,11 +34,10 @@ from finetune_chatmodel_demo.training.checkpoints import (
 )
 from finetune_chatmodel_demo.training.diagnosis import LearningWatch, read_number
 from finetune_chatmodel_demo.training.methods import load_trained, save_trained
-from finetune_chatmodel_demo.training.plots import plot_loss
+from finetune_chatmodel_demo.training.plots import plot_curves
 from finetune_chatmodel_demo.training.sampling import FixedOrder, order_rows
 from finetune_chatmodel_demo.training.settings import Settings
 
-LOSS_CURVE = "training_loss.png"
 RESULT = "result"
 ADDED = ("row_index", "token_counts")  # by NumberedCollator
 
@@ -312,10 +311,9 @@ class RunTrainer(Trainer):
             self.plot()
 
     def plot(self) -> None:
-        """Draws the loss curve into `output_dir`."""
-        if not self.settings.run.plot_loss:
-            return
-        plot_loss(self.state.log_history, Path(self.args.output_dir) / LOSS_CURVE)
+        """Draws the curves into `output_dir`, unless --plot_loss False."""
+        if self.settings.run.plot_loss:
+            plot_curves(self.state.log_history, self.args.output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         if not self.args.should_save:
