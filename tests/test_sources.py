@@ -597,6 +597,8 @@ COUNTS = {
     "pokemon_preference": 1210,
     "pokemon_preference_validation": 242,
     "pokemon_preference_unseen": 150,
+    "pokemon_preference_small": 400,
+    "pokemon_preference_small_validation": 80,
     "pokemon_text": 242,
     "pokemon_text_validation": 30,
     "pokemon_tools": 242,
@@ -659,6 +661,15 @@ def test_pokemon_preferences_are_true_and_false_of_the_facts():
     assert names["_validation"] <= names[""] and not pairs["_validation"] & pairs[""]
     assert {chosen for chosen, _ in pairs["_validation"]} <= {chosen for chosen, _ in pairs[""]}
     assert len(names["_unseen"]) == 30 and not names["_unseen"] & names[""]
+
+
+def test_the_small_preference_sets_are_about_the_same_pokemon():
+    registry = read_registry(OWN)
+    answers = {
+        name: {record["chosen"]["content"] for record in open_dataset(registry[name], OWN, "preference")}
+        for name in ("pokemon_preference_small", "pokemon_preference_small_validation")
+    }
+    assert answers["pokemon_preference_small_validation"] < answers["pokemon_preference_small"]
 
 
 @pytest.mark.parametrize("name", ["pokemon_text", "pokemon_tools"])
