@@ -25,7 +25,12 @@ from trl import DPOTrainer
 from finetune_chatmodel_demo.conversation.rendering import IGNORED_LABEL
 from finetune_chatmodel_demo.training.settings import Settings
 from finetune_chatmodel_demo.training.stages.pairs import PairTrainer
-from finetune_chatmodel_demo.training.stages.reference import ReferenceModel, build_reference, disable_dropout
+from finetune_chatmodel_demo.training.stages.reference import (
+    ReferenceModel,
+    build_reference,
+    describe_reference,
+    disable_dropout,
+)
 
 
 class PreferenceLoss(DPOTrainer):
@@ -91,6 +96,16 @@ class PreferenceTrainer(PairTrainer, PreferenceLoss):
             model, settings, tokenizer, train_rows, validation_rows, processing_class=tokenizer, ref_model=own
         )
         disable_dropout(self.model)
+
+    def describe_objective(self) -> dict[str, str]:
+        """See `PairTrainer`."""
+        stage = self.settings.stage
+        extra = f" + {stage.pref_ftx:g} × sft" if stage.pref_ftx else ""
+        extra += f", label smoothing {stage.dpo_label_smoothing:g}" if stage.dpo_label_smoothing else ""
+        return {
+            "loss": f"{stage.pref_loss}{extra}, beta {stage.pref_beta:g}",
+            "reference": describe_reference(self.settings),
+        }
 
     def compute_loss(
         self,

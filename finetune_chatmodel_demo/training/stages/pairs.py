@@ -113,6 +113,21 @@ class PairTrainer(RunTrainer):
         )
         self.model_accepts_loss_kwargs = False  # what `loss_is_scaled_for_ga` says, before transformers 5.19
 
+    def describe_objective(self) -> dict[str, str]:
+        """Lines of the table before the start: what is minimised."""
+        raise NotImplementedError
+
+    def describe_steps(self, steps: int) -> dict[str, str]:
+        """Lines of the table before the start, in pairs."""
+        args, pairs = self.args, len(self.train_dataset)
+        batch, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
+        step = batch * accumulated * args.world_size
+        return {
+            "batch": f"{batch} pairs × {accumulated} accumulated × {args.world_size} processes = {step} pairs a step",
+            "steps": f"{steps} of {step} pairs = {steps * step / pairs:.2f} epochs of {pairs} pairs",
+            **self.describe_objective(),
+        }
+
     def evaluate_pairs(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Figures of validation pairs.
 

@@ -88,12 +88,27 @@ def build_reference(model: nn.Module, settings: Settings, kind: type[Kind]) -> K
         except (ValueError, OSError) as error:
             raise SettingsError(f"--ref_model: {error}") from error
         return kind(own.requires_grad_(False), is_own_model=True)
-    start = {P_TUNING: settings.model.ptuning_checkpoint, LORA: settings.tuning.adapter_name_or_path}
-    is_base = settings.method == P_TUNING and settings.stage.stage == "dpo"
-    if is_base or (settings.method in start and not start[settings.method]):
+    if _is_base(settings):
         return kind(model)
     first = model if settings.checkpoint is None else prepare_model(replace(settings, checkpoint=None))
     return kind(model, initial=trained_values(first))
+
+
+def _is_base(settings: Settings) -> bool:
+    """Whether the reference is the base model, without the prefix or adapter that is trained."""
+    if settings.method == P_TUNING:
+        return settings.stage.stage == "dpo" or not settings.model.ptuning_checkpoint
+    return settings.method == LORA and not settings.tuning.adapter_name_or_path
+
+
+def describe_reference(settings: Settings) -> str:
+    """The reference in words, for the table before the start."""
+    if settings.stage.ref_model:
+        return settings.stage.ref_model
+    if _is_base(settings):
+        return f"the base model, the {'prefix' if settings.method == P_TUNING else 'adapter'} off"
+    start = settings.model.ptuning_checkpoint or settings.tuning.adapter_name_or_path
+    return f"{start or settings.model.model_name_or_path}, a copy of what is trained, as it was at the start"
 
 
 def trained_values(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -34,7 +34,20 @@ class RewardTrainer(PairTrainer):
         """Arguments: see `RunTrainer`; the model is a ChatGLM3ForSequenceClassification, maybe in PEFT's wrapper."""
         self._trained = PairSums()
         model.config.pad_token_id = tokenizer.pad_token_id  # the model takes the score at the last other token
+        if not settings.stage.center_rewards_coefficient:
+            _freeze_head_bias(model)
         super().__init__(model, settings, tokenizer, train_rows, validation_rows)
+
+    def describe_objective(self) -> dict[str, str]:
+        """See `PairTrainer`."""
+        coefficient = self.settings.stage.center_rewards_coefficient
+        centred = f" + {coefficient:g} (chosen + rejected)²" if coefficient else ""
+        return {"loss": f"-log sigmoid(chosen - rejected){centred}, of scores"}
+
+    def describe_run(self) -> dict[str, Any]:
+        """What decides the course of a run; a resumed run is compared with it."""
+        coefficient = self.settings.stage.center_rewards_coefficient
+        return {**super().describe_run(), "center_rewards_coefficient": coefficient}
 
     def compute_loss(
         self,
@@ -65,6 +78,13 @@ class RewardTrainer(PairTrainer):
         if "loss" in logs:
             logs.update(self._trained.collect(self.EVALUATED[1:], self._add_up))
         super().log(logs, start_time)
+
+
+def _freeze_head_bias(model: nn.Module) -> None:
+    """The bias shifts both scores of a pair alike. Its gradient is rounding errors, and Adam would enlarge them."""
+    for name, parameter in model.named_parameters():
+        if "score" in name and name.endswith(".bias"):
+            parameter.requires_grad_(False)
 
 
 def pair_loss(chosen: torch.Tensor, rejected: torch.Tensor, center_coefficient: float = 0.0) -> torch.Tensor:
