@@ -78,7 +78,8 @@ class Field:
         if self.kind == "number":
             return (str(plain_number(text)),)
         if self.kind == "list":
-            return tuple(dict.fromkeys(item.strip() for item in text.split(normalize(self.separator)) if item.strip()))
+            parts = text.split(normalize(self.separator) or " ")
+            return tuple(dict.fromkeys(item.strip() for item in parts if item.strip()))
         if self.kind == "text" and (len(text) > LONGEST_ITEM * 2 or SENTENCE_MARKS.search(text)):
             return tuple(dict.fromkeys(filter(None, (part.strip() for part in CLAUSE_MARKS.split(text)))))
         return (text,)
