@@ -93,7 +93,9 @@ def show(options: argparse.Namespace, tokenizer, built: StageData) -> None:
         if not 0 <= row < len(shown):
             raise ValueError(f"--row {row} does not exist; {shown.report.path} has rows 0 to {len(shown) - 1}")
     summary_stream = sys.stderr if options.json else sys.stdout
-    print("\n\n".join([*map(format_summary, parts.values()), built.table]), file=summary_stream)
+    is_split = len({rows.report.path for rows in parts.values()}) < len(parts)
+    summaries = [format_summary(rows, f" ({name})" if is_split else "") for name, rows in parts.items()]
+    print("\n\n".join([*summaries, built.table]), file=summary_stream)
     if options.html:
         rows = wanted or list(range(min(HTML_ROWS, len(shown))))
         Path(options.html).write_text(format_html(tokenizer, shown, rows, built.table), encoding="utf-8")

@@ -307,7 +307,7 @@ def test_data_sets_of_a_registry_are_shown_mixed(tiny_folder, tokenizer, tmp_pat
     inspect_data.main([*flags, "--mix_strategy", "interleave_under", "--row", "1", "--template", "default"])
     stdout = capsys.readouterr().out
     assert "rows        6, out of 6" in stdout and "train:      6 rows" in stdout
-    assert re.search(r"^甲 +3 +0 +0 +0 +3 +0 +\d+ +\d+\.\d%$", stdout, re.MULTILINE)
+    assert re.search(r"^甲 +3 +0 +0 +0 +3 +0 +\d+ +\d+\.\d% +3$", stdout, re.MULTILINE)
     assert re.search(r"row 1 \(.*乙\.jsonl line 1\)", stdout) and "Human" in stdout
     inspect_data.main([*flags, "--val_size", "2", "--part", "validation", "--json"])
     captured = capsys.readouterr()
@@ -315,6 +315,8 @@ def test_data_sets_of_a_registry_are_shown_mixed(tiny_folder, tokenizer, tmp_pat
     held_out = build_stage_data(data, "sft", tokenizer, 42).validation
     assert [json.loads(line) for line in captured.out.splitlines()] == [held_out[0], held_out[1]]
     assert "validation: 2 rows" in captured.err
+    assert "乙.jsonl (train)\n  rows        4, out of 6" in captured.err
+    assert "乙.jsonl (validation)\n  rows        2, out of 6" in captured.err
     inspect_data.main(["--eval_dataset", "乙", *flags[2:], "--json"])
     assert len(capsys.readouterr().out.splitlines()) == 3
 

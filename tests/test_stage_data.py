@@ -491,29 +491,44 @@ def test_the_table_counts_what_became_of_every_record(tmp_path):
     built = build_stage_data(data, "sft", TOKENIZER, 0)
     # Two tokens that start it, two roles, a line break each, a question of two, a reply of one, eos; three are targets.
     assert built.table.splitlines() == [
-        "data set    read  bad  no target  too long  kept  cut  tokens  supervised",
-        "----------  ----  ---  ---------  --------  ----  ---  ------  ----------",
-        "宝可梦问答     5    1          0         1     3    0      30       30.0%",
-        "b              2    0          0         0     2    0      20       30.0%",
+        "data set    read  bad  no target  too long  kept  cut  tokens  supervised  train",
+        "----------  ----  ---  ---------  --------  ----  ---  ------  ----------  -----",
+        "宝可梦问答     5    1          0         1     3    0      30       30.0%      3",
+        "b              2    0          0         0     2    0      20       30.0%      2",
         f"bad: {folder}/宝可梦问答.jsonl line 4: 'output' must be a text, got 7",
         "train:      5 rows, 50 tokens, concat",
     ]
 
 
 def test_the_table_lines_up_and_is_no_wider_than_a_terminal():
-    report = DatasetReport(
-        "x", 12_345_678, 1_234, 12_345_000, 678_000, 1_000, 99_999, 5, 9, 9, 9_876_543_210, 9_876_543
-    )
+    counts = {"rows_read": 9_345_678, "rows_bad": 1_234, "rows_kept": 9_345_000, "rows_dropped_masked": 678_000}
+    report = DatasetReport("x", **counts, rows_cut=9_999, tokens_total=876_543_210, tokens_supervised=9_876_543)
     names = ["短", "a", "数据" * 40, "x" * 90, "e\u0301t\u00e9", "全角ＡＢ"]
-    lines = format_data_table([(name, report) for name in names]).splitlines()
+    lines = format_data_table([(name, report, 9_345_000) for name in names]).splitlines()
     assert len({display_width(line) for line in lines}) == 1
     assert display_width(lines[0]) <= WIDEST == 100
     assert lines[4].startswith("…") and "数据" in lines[4] and lines[5].startswith("…x")
 
 
+def test_the_table_says_how_many_rows_of_each_data_set_are_trained_on(tmp_path):
+    folder = write_registry(tmp_path / "r", {"one": alpaca("one", 6), "two": alpaca("two", 2)})
+    validation = str(write_jsonl(tmp_path / "v.jsonl", records_of("sft", 3)))
+
+    def last_column(stage: str = "sft", **flags) -> list[str]:
+        data = DataArguments(dataset="one,two", dataset_dir=folder, **flags)
+        table = build_stage_data(data, stage, TOKENIZER, 0).table.splitlines()
+        return [line.split()[-1] for line in table if line.startswith(("one", "two", "v."))]
+
+    assert last_column(validation_file=validation) == ["6", "2", "-"]
+    assert last_column(mix_strategy="interleave_over") == ["6", "6"]
+    assert last_column("pt", mix_strategy="interleave_under") == ["2", "2"]
+    held_out = last_column(val_size=3)
+    assert sum(map(int, held_out)) == 5
+
+
 def test_stages_without_targets_show_no_share(tmp_path):
     table = build(tmp_path, "ppo", records_of("ppo", 2)).table
-    assert table.splitlines()[2].split() == ["train.jsonl", "2", "0", "0", "0", "2", "0", "18", "-"]
+    assert table.splitlines()[2].split() == ["train.jsonl", "2", "0", "0", "0", "2", "0", "18", "-", "2"]
 
 
 # Which data

@@ -260,11 +260,22 @@ def concatenate(datasets: Sequence[Any]) -> Any:
     return RowView(datasets, mix_order([len(rows) for rows in datasets], "concat"))
 
 
+def count_drawn(rows: Any, datasets: Sequence[Any]) -> list[int]:
+    """How many of the rows come from each of the data sets."""
+    if not isinstance(rows, RowView):
+        return [len(rows) if dataset is rows else 0 for dataset in datasets]
+    counts = np.bincount(rows.order[:, 0], minlength=len(rows.datasets)).tolist()
+    return [next((count for each, count in zip(rows.datasets, counts) if each is dataset), 0) for dataset in datasets]
+
+
 def describe(
     sets: Sequence[tuple[NamedSource, Any]], data: DataArguments, stage: Stage, train: Any, validation: Any
 ) -> str:
     """The table, the first bad records, and what is trained and validated on."""
-    lines = [format_data_table([(source.name, rows.report) for source, rows in sets])]
+    documents = train.documents if isinstance(train, PackedDataset) else train
+    drawn = count_drawn(documents, [rows for _, rows in sets])
+    table = format_data_table([(source.name, rows.report, count) for (source, rows), count in zip(sets, drawn)])
+    lines = [table]
     for source, _ in sets:
         lines += [f"bad: {message}" for message in source.records.bad_messages[:BAD_RECORDS_SHOWN]]
     unit = "blocks" if stage == "pt" else "rows"

@@ -9,19 +9,20 @@ from collections.abc import Sequence
 from finetune_chatmodel_demo.conversation.tokenizing import DatasetReport
 
 WIDEST = 100
-HEADINGS = ("data set", "read", "bad", "no target", "too long", "kept", "cut", "tokens", "supervised")
+HEADINGS = ("data set", "read", "bad", "no target", "too long", "kept", "cut", "tokens", "supervised", "train")
 
 
-def format_data_table(reports: Sequence[tuple[str, DatasetReport]]) -> str:
+def format_data_table(sets: Sequence[tuple[str, DatasetReport, int]]) -> str:
     """One line for each data set.
 
     `read` counts records; those that are `bad`, have `no target` or are `too long` are dropped, the rest is `kept`.
-    `cut` rows lack something because of the length limit; `supervised` is the share of the tokens that are targets.
+    `cut` rows lack something because of the length limit; `supervised` is the share of the tokens that are targets;
+    `train` is how many rows (pt: documents) of an epoch come from the data set.
 
     Args:
-        reports: Name and report of each data set.
+        sets: Name, report, and rows of an epoch of each data set.
     """
-    rows = [HEADINGS, *(_cells(name, report) for name, report in reports)]
+    rows = [HEADINGS, *(_cells(*each) for each in sets)]
     widths = [max(display_width(row[column]) for row in rows) for column in range(len(HEADINGS))]
     room = WIDEST - sum(widths[1:]) - 2 * (len(widths) - 1)
     widths[0] = min(widths[0], max(room, display_width(HEADINGS[0])))
@@ -33,7 +34,7 @@ def format_data_table(reports: Sequence[tuple[str, DatasetReport]]) -> str:
     return "\n".join(lines)
 
 
-def _cells(name: str, report: DatasetReport) -> tuple[str, ...]:
+def _cells(name: str, report: DatasetReport, train_rows: int) -> tuple[str, ...]:
     counts = (
         report.rows_read + report.rows_bad,
         report.rows_bad,
@@ -44,7 +45,8 @@ def _cells(name: str, report: DatasetReport) -> tuple[str, ...]:
         report.tokens_total,
     )
     share = report.tokens_supervised / max(1, report.tokens_total)
-    return (name, *(f"{count:,}" for count in counts), f"{share:.1%}" if report.tokens_supervised else "-")
+    supervised = f"{share:.1%}" if report.tokens_supervised else "-"
+    return (name, *(f"{count:,}" for count in counts), supervised, f"{train_rows:,}" if train_rows else "-")
 
 
 def display_width(text: str) -> int:

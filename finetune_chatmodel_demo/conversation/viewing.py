@@ -53,9 +53,11 @@ def split_row(item: dict[str, list[int]]) -> list[RowPart]:
     return parts + [RowPart(name, ids, labels, len(prompt)) for name, ids, labels in replies]
 
 
-def format_summary(dataset: Any) -> str:
+def format_summary(dataset: Any, note: str = "") -> str:
     """A few lines on a whole data set: rows, turns, tokens, share supervised, truncated, lengths."""
-    return "\n".join([dataset.report.path, *(f"  {name:<11} {value}" for name, value in summarize(dataset).items())])
+    return "\n".join(
+        [dataset.report.path + note, *(f"  {name:<11} {value}" for name, value in summarize(dataset).items())]
+    )
 
 
 def summarize(dataset: Any) -> dict[str, str]:
