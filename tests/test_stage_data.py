@@ -501,13 +501,13 @@ def test_the_table_counts_what_became_of_every_record(tmp_path):
 
 
 def test_the_table_lines_up_and_is_no_wider_than_a_terminal():
-    counts = {"rows_read": 9_345_678, "rows_bad": 1_234, "rows_kept": 9_345_000, "rows_dropped_masked": 678_000}
-    report = DatasetReport("x", **counts, rows_cut=9_999, tokens_total=876_543_210, tokens_supervised=9_876_543)
+    counts = {"rows_read": 12_345_678, "rows_bad": 1_234, "rows_kept": 12_345_000, "rows_dropped_masked": 678_000}
+    report = DatasetReport("x", **counts, rows_cut=99_999, tokens_total=9_876_543_210, tokens_supervised=9_876_543)
     names = ["短", "a", "数据" * 40, "x" * 90, "e\u0301t\u00e9", "全角ＡＢ"]
-    lines = format_data_table([(name, report, 9_345_000) for name in names]).splitlines()
+    lines = format_data_table([(name, report, 12_345_000) for name in names]).splitlines()
     assert len({display_width(line) for line in lines}) == 1
     assert display_width(lines[0]) <= WIDEST == 100
-    assert lines[4].startswith("…") and "数据" in lines[4] and lines[5].startswith("…x")
+    assert "9,877M" in lines[2] and lines[4].startswith("…") and "数据" in lines[4] and lines[5].startswith("…x")
 
 
 def test_the_table_says_how_many_rows_of_each_data_set_are_trained_on(tmp_path):

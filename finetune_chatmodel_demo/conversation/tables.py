@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from finetune_chatmodel_demo.conversation.tokenizing import DatasetReport
 
 WIDEST = 100
+EXACT_TOKENS = 100_000_000  # more are shown in millions
 HEADINGS = ("data set", "read", "bad", "no target", "too long", "kept", "cut", "tokens", "supervised", "train")
 
 
@@ -42,11 +43,12 @@ def _cells(name: str, report: DatasetReport, train_rows: int) -> tuple[str, ...]
         report.rows_dropped_long,
         report.rows_kept,
         report.rows_cut,
-        report.tokens_total,
     )
+    tokens = report.tokens_total
+    counted = f"{tokens:,}" if tokens < EXACT_TOKENS else f"{tokens / 1e6:,.0f}M"
     share = report.tokens_supervised / max(1, report.tokens_total)
     supervised = f"{share:.1%}" if report.tokens_supervised else "-"
-    return (name, *(f"{count:,}" for count in counts), supervised, f"{train_rows:,}" if train_rows else "-")
+    return (name, *(f"{count:,}" for count in counts), counted, supervised, f"{train_rows:,}" if train_rows else "-")
 
 
 def display_width(text: str) -> int:
