@@ -354,3 +354,25 @@ def test_two_processes_share_the_rows(model_folder, data, tmp_path):
     run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
     assert read_predictions(tmp_path / "two") == read_predictions(tmp_path / "one")
+
+
+@needs_packages
+def test_scores_rise_to_100_where_the_answers_are_learned(model_folder, tmp_path):
+    facts = {"皮卡丘": "皮卡丘的属性是电。", "小火龙": "小火龙的属性是火。", "杰尼龟": "杰尼龟的属性是水。"}
+    path = tmp_path / "facts.jsonl"
+    records = [
+        {"conversations": [{"role": "user", "content": f"{name}的属性？"}, {"role": "assistant", "content": answer}]}
+        for name, answer in facts.items()
+    ]
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    scores = []
+    for steps in (1, 80):
+        output = tmp_path / str(steps)
+        options = {"max_steps": steps, "learning_rate": 1e-2, "validation_file": path, "max_new_tokens": 24}
+        options |= {"do_train": True, "do_predict": True, "plot_loss": False, "logging_steps": 40, "save_steps": 80}
+        assert train(model_folder, path, output, per_device_train_batch_size=3, **options) == 0
+        scores.append(json.loads((output / "predict_results.json").read_text()))
+    assert [line["predict"] for line in read_predictions(output)] == list(facts.values())
+    for name in text_scores.SCORES:
+        assert scores[0][f"predict_{name}"] < 30
+        assert scores[1][f"predict_{name}"] == 100
