@@ -157,6 +157,16 @@ def test_csv_encodings(folder: Path, encoding: str):
     assert asked(open_one(folder, file_name="a.csv")) == EXPECTED
 
 
+def test_csv_is_read_row_by_row(folder: Path):
+    """Of 3 MB, little has been read when the first row is handed out."""
+    write_csv(folder / "a.csv", [{"instruction": str(i), "output": "答" * 100} for i in range(10_000)])
+    source = open_one(folder, file_name="a.csv")
+    records = iter(source)
+    assert next(records)["conversations"][0] == {"role": "user", "content": "0"}
+    assert source.reader.file.bytes_read < 100_000 < (folder / "a.csv").stat().st_size
+    assert sum(1 for _ in records) == 9999
+
+
 def test_csv_cells_stay_as_they_are(folder: Path):
     """Numbers keep their zeros, blank cells are blank, line breaks and commas in quotes are text."""
     (folder / "a.csv").write_text(
