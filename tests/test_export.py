@@ -320,6 +320,7 @@ def test_a_projection_is_folded(capsys, golden, golden_base, tmp_path):
     flags = ["--pt-checkpoint", source, "--output", tmp_path / "out", "--fold_projection", "--model", golden_base]
     code, out, _ = run(capsys, *flags)
     assert code == 0 and "largest difference" in out
+    assert f"written: {tmp_path / 'out'} from {source}, its projection computed once; read again" in out
     found = read_prefix_config(tmp_path / "out")
     assert not found.prefix_projection and found.pre_seq_len == read_prefix_config(source).pre_seq_len
     parameters = load_file(tmp_path / "out" / "prefix_encoder.safetensors")

@@ -61,7 +61,8 @@ def _export_prefix(arguments: argparse.Namespace) -> None:
         probes=[] if model is None else _probes(arguments, model, "multi-turn")[1],
         device=arguments.device,
     )
-    print(f"written: {arguments.output}, read again and equal to {source}")
+    folded = ", its projection computed once" if arguments.fold_projection else ""
+    print(f"written: {arguments.output} from {source}{folded}; read again, the same bit for bit")
     if comparison is not None:
         print(f"compared in front of {model}: {comparison}")
 

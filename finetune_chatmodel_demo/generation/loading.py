@@ -226,7 +226,7 @@ def _choose_format(given: str | None, config: Any, model: str, notices: list[str
     if recorded is None and config is not None:
         notices.append(
             "the checkpoint does not say which prompt format it was trained with: "
-            "multi-turn is assumed (--format input-output for the other one)"
+            "multi-turn is assumed (--format chooses another)"
         )
     return recorded or "multi-turn"
 
