@@ -336,7 +336,7 @@ def test_prefix_output_is_small_and_complete(prefix_run, model):
     output, trained, _ = prefix_run
     expected = {"settings.json", "trainer_state.json", "training_loss.png", "training_eval_loss.png", *PREFIX_FILES}
     expected |= {"trainer_log.jsonl", "train_results.json", "eval_results.json", "all_results.json"}
-    expected |= {"trainer_log.jsonl", "train_results.json", "eval_results.json", "all_results.json"}
+    expected |= {"run_manifest.json"}
     assert {path.name for path in output.iterdir()} == expected | {"checkpoint-18", "checkpoint-20"}
     assert (output / "training_loss.png").read_bytes().startswith(b"\x89PNG")
     checkpoint = output / "checkpoint-20"

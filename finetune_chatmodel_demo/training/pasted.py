@@ -43,7 +43,7 @@ LIST_FLAGS = {
     "freeze_extra_modules",
 }
 # Folders with which output paths begin, glued to what stood behind a backslash.
-EATEN_OUTPUT = re.compile(r"(saves?|outputs?|checkpoints?|models?)(?=[A-Z])|THUDM(?=\w)")
+EATEN_OUTPUT = re.compile(r"saves(?=[A-Za-z0-9])|(outputs?|checkpoints?|models?)(?=[A-Z])|THUDM(?=\w)")
 NUMBER = re.compile(rf"[{_DASHES}]?[\d.]+([eE][{_DASHES}]?\d+)?")
 LAUNCHERS = re.compile(
     r"(python[\d.]*(\.exe)?|torchrun|xtuner|accelerate|deepspeed|launch|llamafactory-cli|lmf|train|sudo|nohup|"
