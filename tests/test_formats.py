@@ -222,6 +222,12 @@ def test_preference_in_two_columns():
             {},
             "'output' must be a list or JSON text of one, got \"好\" (Expecting value at character 1)",
         ),
+        (
+            {"chosen": "好", "rejected": "坏"},
+            {},
+            "the pair is not in 'output'; to read the columns 'chosen' and 'rejected', list both in 'columns' of 'x' "
+            "in dataset_info.json",
+        ),
         ({"output": ["好"]}, {}, "'output' must be a list of two replies, the better one first, got 1"),
         ({"output": ["a", "b", "c"]}, {}, "'output' must be a list of two replies, the better one first, got 3"),
         ({"output": ["a", " "]}, {}, "'output[1]' is empty; a reply needs text"),

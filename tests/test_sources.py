@@ -341,8 +341,12 @@ def test_columns_that_nothing_uses_are_told(folder: Path, caplog: pytest.LogCapt
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         list(open_one(folder, file_name="a.jsonl", columns={"system": "system"}))
-        list(open_one(folder, "text", file_name="a.jsonl"))
     assert caplog.records == []
+    with caplog.at_level(logging.WARNING):
+        list(open_one(folder, "text", file_name="a.jsonl"))
+    assert [record.message for record in caplog.records] == [
+        f"{folder}/a.jsonl line 1: column 'output' is not used; stage pt reads 'instruction' alone"
+    ]
 
 
 def test_a_stage_that_does_not_fit(folder: Path):

@@ -48,6 +48,11 @@ def _read_pair(row: dict[str, Any], entry: DatasetEntry, where: str) -> tuple[st
     columns = entry.columns
     if columns.chosen or columns.rejected:
         return need_text(row, "chosen", entry, where), need_text(row, "rejected", entry, where)
+    if columns.response not in row and {"chosen", "rejected"} <= row.keys():
+        raise RecordError(
+            f"{where}: the pair is not in {columns.response!r}; to read the columns 'chosen' and 'rejected', list both "
+            f"in 'columns' of {entry.name!r} in {entry.registry}"
+        )
     pair = read_list(need_cell(row, "response", entry, where), columns.response, where)
     if len(pair) != 2:
         raise RecordError(

@@ -101,15 +101,15 @@ class DatasetSource(RecordSource):
         return f"rows of the data set {self.entry.name!r}"
 
     def _warn_of_unused_columns(self, row: dict[str, Any], where: str) -> None:
-        """A column that the entry does not list would be ignored in silence: says so, once a column."""
-        columns = self.entry.columns
-        for name in OPTIONAL_COLUMNS:
-            is_used = getattr(columns, name) is not None or name in vars(columns).values() or self.kind == "text"
-            if not is_used and row.get(name) and name not in self._seen_columns:
+        """A column that is there and not used would be ignored in silence: says so, once a column."""
+        columns = vars(self.entry.columns)
+        if self.kind == "text":
+            unused = [columns[role] for role in ("query", "response") if columns[role] != columns["prompt"]]
+            remedy = f"stage pt reads {columns['prompt']!r} alone"
+        else:
+            unused = [name for name in OPTIONAL_COLUMNS if name not in columns.values()]
+            remedy = f"list it in 'columns' of {self.entry.name!r} if it should be"
+        for name in unused:
+            if row.get(name) and name not in self._seen_columns:
                 self._seen_columns.add(name)
-                logger.warning(
-                    "%s: column %r is not used; list it in 'columns' of %r if it should be",
-                    where,
-                    name,
-                    self.entry.name,
-                )
+                logger.warning("%s: column %r is not used; %s", where, name, remedy)
