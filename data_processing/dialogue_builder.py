@@ -61,10 +61,13 @@ class DialogueBuilder:
             self.pool.left_out["multi-turn: the template has no subject with a pronoun, or too few rows"] += 1
             return
         kinds: list[Callable[[], list[Turn] | None]] = [
-            self.pronouns,
             self.second_subject,
+            self.unknown_column,
+            self.unknown_subject,
+            self.pronouns,
+            self.unknown_column,
+            self.unknown_subject,
             self.same_question,
-            *(self.unknown_column, self.unknown_subject) * 2,
         ]
         made, failures = 0, 0
         for make in itertools.cycle(kinds):

@@ -1,6 +1,10 @@
-"""evaluate.py: questions out of conversation files, exact shares of base and prefix, the JSON, and its errors."""
+"""evaluate.py: the two ways of asking, exact shares of base and prefix, the JSON, and what it says of mistakes."""
 
 import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from adapter_helpers import make_adapter
@@ -20,6 +24,9 @@ from finetune_chatmodel_demo.evaluation.exact_match import (
 from finetune_chatmodel_demo.generation.batch import generate_batch
 
 CAP = 12
+REPOSITORY = Path(__file__).resolve().parents[1]
+CSV = REPOSITORY / "data_processing" / "data.csv"
+KANTO = REPOSITORY / "data_processing" / "templates" / "pokemon_kanto.yaml"
 
 
 def message(role, content, **keys):
@@ -225,6 +232,18 @@ def test_tables_align_wide_characters():
 @pytest.mark.parametrize(
     ("flags", "error"),
     [
+        ([], "give one of --csv, --questions_file and --data (got none)"),
+        (
+            ["--data", "{data}", "--csv", "x.csv"],
+            "give one of --csv, --questions_file and --data (got --csv and --data)",
+        ),
+        (["--data", "{data}", "--report", "x"], "--report goes with --csv, not with --data"),
+        (["--csv", "x.csv"], "--csv needs --template"),
+        (["--csv", "x.csv", "--template", "{kanto}"], "x.csv does not exist"),
+        (["--csv", "{csv}", "--template", "{kanto}", "--groups", "seen"], "unknown group of questions 'seen'"),
+        (["--questions_file", "{data}"], "is no question file"),
+        (["--csv", "{csv}", "--template", "{kanto}", "--probes", "{data}"], "is no probe file"),
+        (["--csv", "{csv}", "--template", "{kanto}", "--hold_out", "1"], "expected a share from 0 to below 1"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
         (["--data", "{no_questions}"], "has no questions: none of its assistant messages has a 'column' key"),
         (["--data", "a={data}", "--data", "a={data}"], "--data: a is there twice; name the files"),
@@ -236,7 +255,84 @@ def test_tables_align_wide_characters():
 def test_mistakes(capsys, tmp_path, data, base, flags, error):
     talk = [message("user", "？"), message("assistant", "！")]
     no_questions = write_records(tmp_path / "plain.jsonl", [{"conversations": talk}])
-    places = {"data": data, "no_questions": no_questions, "missing": tmp_path / "missing"}
+    places = {"data": data, "no_questions": no_questions, "missing": tmp_path / "missing", "csv": CSV, "kanto": KANTO}
     code, out, err = run(capsys, "--model", base, *(flag.format(**places) for flag in flags))
     assert (code, out) == (2, "")
     assert error in err.splitlines()[-1]
+
+
+# ---------------------------------------------------------------- --csv: against the facts
+
+
+def test_questions_from_the_csv(capsys, tmp_path, base, prefix):
+    """The whole way on a random model: nothing is right, everything is counted, all files are there."""
+    report, output = tmp_path / "report", tmp_path / "facts.json"
+    flags = ["--csv", CSV, "--template", KANTO, "--max_questions", 12, "--hold_out", 0.2, "--max-new-tokens", 6]
+    flags += ["--pt-checkpoint", prefix, "--report", report, "--output", output, "--history", "both"]
+    code, out, err = run(capsys, *flags, "--device", "cpu", "--seed", 5)
+    assert code == 0
+    result = json.loads(output.read_text(encoding="utf-8"))
+    assert result == json.loads((report / "report.json").read_text(encoding="utf-8"))
+    assert [(candidate["name"], candidate["kind"]) for candidate in result["candidates"]] == [
+        ("base", "base"),
+        ("base + prefix", "prefix"),
+    ]
+    groups = result["candidates"][1]["groups"]
+    assert list(groups)[:4] == [
+        *("trained phrasings", "unseen phrasings"),
+        *("held out, trained phrasings", "held out, unseen phrasings"),
+    ]
+    assert {"multi-turn", "unanswerable", "multi-turn, right history", "unanswerable, right history"} <= set(groups)
+    for score in groups.values():
+        assert score["asked"] == sum(score[outcome] for outcome in ("exact", "partial", "wrong", "missing"))
+        assert score["share"] == 0
+    assert result["run"]["held_out"] and result["run"]["fields"]["身高"] == "number 米"
+    assert set(result["candidates"][0]["probes"]) == {"perplexity", "obedience"}
+    assert out.splitlines()[0].startswith("exact in facts")
+    assert f"report: {report / 'report.html'}" in err
+    assert (report / "report.md").read_text(encoding="utf-8").startswith("# Evaluation")
+
+
+def test_question_files_are_asked_and_candidates_are_named(capsys, tmp_path, base, prefix):
+    from data_processing import question_builder
+
+    questions, output = tmp_path / "q.json", tmp_path / "facts.json"
+    question_builder.main(["--template", str(KANTO), "--output", str(questions), "--questions", "4"])
+    flags = ["--questions_file", questions, "--groups", "unseen phrasings", "--max_new_tokens", 4, "--probes", "none"]
+    flags += ["--compare", "base", "--compare", f"mine={prefix}", "--output", output, "--examples", 0]
+    code, out, _ = run(capsys, *flags, "--device", "cpu")
+    assert code == 0
+    result = json.loads(output.read_text(encoding="utf-8"))
+    assert [candidate["name"] for candidate in result["candidates"]] == ["base", "mine"]
+    assert list(result["candidates"][0]["groups"]) == ["unseen phrasings"]
+    assert result["comparisons"][0]["groups"]["unseen phrasings"]["mcnemar_p"] == 1.0
+    assert "probes" not in result["candidates"][0]
+    assert "got" not in out
+
+
+def test_candidates_on_conversation_files(capsys, tmp_path, data, base, prefix):
+    output = tmp_path / "scores.json"
+    flags = ["--data", f"x={data}", "--compare", "base", "--compare", f"mine={prefix}", "--max-new-tokens", CAP]
+    code, _, _ = run(capsys, *flags, "--output", output, "--device", "cpu")
+    assert code == 0
+    result = json.loads(output.read_text(encoding="utf-8"))
+    assert {name: score["exact"] for name, score in result["files"][0]["scores"].items()} == {"base": 2, "mine": 13}
+    assert [candidate["kind"] for candidate in result["candidates"]] == ["base", "prefix"]
+
+
+@pytest.mark.slow
+def test_the_folder_alone_says_what_is_missing(tmp_path, base, data):
+    """Copied without data_processing: --csv says so, --data works."""
+    shutil.copytree(REPOSITORY / "finetune_chatmodel_demo", tmp_path / "finetune_chatmodel_demo")
+    program = [sys.executable, str(tmp_path / "finetune_chatmodel_demo" / "evaluate.py"), "--model", str(base)]
+
+    def call(*flags):
+        return subprocess.run([*program, *map(str, flags)], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+
+    asked = call("--csv", CSV, "--template", KANTO)
+    assert asked.returncode == 2
+    last = asked.stderr.splitlines()[-1]
+    assert last.startswith("error: --csv needs this project's folder data_processing, which is not at")
+    asked = call("--data", data, "--max-new-tokens", "4", "--max-questions", "2", "--device", "cpu")
+    assert asked.returncode == 0, asked.stderr
+    assert asked.stdout.splitlines()[0].split() == ["exact", "answers", "model", "questions"]
