@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import subprocess
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from training_helpers import make_model
 from finetune_chatmodel_demo import finetune
 from finetune_chatmodel_demo.training import foreign_flags, pasted
 from finetune_chatmodel_demo.training.arguments import SettingsError
-from finetune_chatmodel_demo.training.command_line import build_parser, parse_given
+from finetune_chatmodel_demo.training.command_line import OWN_ARGUMENTS, build_parser, parse_given
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # The command of the users' document, character by character: comments and blanks behind its backslashes included.
@@ -457,16 +458,14 @@ def test_refused_flags_with_our_value_are_let_through(name, value):
 
 
 def test_the_tables_hold_no_flag_of_our_own():
-    own = {option.lstrip("-") for action in build_parser()._actions for option in action.option_strings}
-    foreign = [*foreign_flags.WITHOUT_EFFECT, *foreign_flags.REPLACED]
-    # transformers 5.17 still has some that 5.23 does not, and the other way round
-    assert [name for name in [*foreign, *foreign_flags.RENAMED] if name in own] == []
+    own = {item.name for arguments in OWN_ARGUMENTS.values() for item in fields(arguments)}
+    foreign = [*foreign_flags.WITHOUT_EFFECT, *foreign_flags.REPLACED, *foreign_flags.RENAMED]
+    assert [name for name in foreign if name in own] == []
     assert [name for name in own if foreign_flags.find_replacement(name)] == []
-    assert set(foreign_flags.RENAMED.values()) <= own
-    assert own >= pasted.PATH_FLAGS | pasted.LIST_FLAGS
-    assert set(foreign_flags.HARMLESS) <= {
-        name for name in foreign_flags.HARMLESS if foreign_flags.find_replacement(name)
-    }
+    every = {option.lstrip("-") for action in build_parser()._actions for option in action.option_strings}
+    assert set(foreign_flags.RENAMED.values()) <= every
+    assert every >= pasted.PATH_FLAGS | pasted.LIST_FLAGS
+    assert [name for name in foreign_flags.HARMLESS if not foreign_flags.find_replacement(name)] == []
 
 
 @pytest.mark.parametrize(

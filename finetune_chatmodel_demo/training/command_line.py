@@ -102,7 +102,7 @@ def parse_given(argv: list[str]) -> tuple[dict[str, object], list[str]]:
     argv, notices = repair_arguments(argv, known | FOREIGN_FLAGS)
     if argv and not argv[0].startswith("-") and argv[0].endswith(CONFIG_FILE_ENDINGS):
         argv = _flags_of_file(_find_config(argv[0])) + argv[1:]
-    argv = _translate_flags(argv, known, notices)
+    argv = _translate_flags(argv, notices)
     values, unknown = parser.parse_known_args(argv)
     if unknown:
         raise SettingsError(_describe_unknown(unknown[0], parser))
@@ -138,13 +138,13 @@ def _names(action: argparse.Action) -> list[str]:
     return [option[2:] for option in action.option_strings if option.startswith("--")]
 
 
-def _translate_flags(argv: list[str], known: set[str], notices: list[str]) -> list[str]:
+def _translate_flags(argv: list[str], notices: list[str]) -> list[str]:
     """Rewrites flags that other programs know, and repairs values; see `foreign_flags` and `pasted`."""
     result: list[str] = []
     for flag, values in _split_flags(argv):
         name = flag.lstrip("-").replace("-", "_")
         values = repair_values(name, values, notices)
-        arguments, notice = translate_flag(name, values, known) if flag.startswith("--") else (None, None)
+        arguments, notice = translate_flag(name, values) if flag.startswith("--") else (None, None)
         result += [flag, *values] if arguments is None else arguments
         notices += [notice] if notice else []
     return result

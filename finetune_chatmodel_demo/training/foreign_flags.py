@@ -163,13 +163,12 @@ RENAMED_VALUES = {
 }
 
 
-def translate_flag(name: str, values: list[str], known: set[str]) -> tuple[list[str] | None, str | None]:
+def translate_flag(name: str, values: list[str]) -> tuple[list[str] | None, str | None]:
     """Translates one flag.
 
     Args:
         name: without dashes, with underscores.
         values: what follows it.
-        known: names of our own flags.
 
     Returns:
         The arguments to use in its place (None: the flag as it is), and a notice or None.
@@ -185,8 +184,6 @@ def translate_flag(name: str, values: list[str], known: set[str]) -> tuple[list[
         return ["--gradient_checkpointing", str(not _is_on(values))], None
     if name in RENAMED_VALUES and values:
         return [f"--{name}", RENAMED_VALUES[name].get(values[0].lower(), values[0]), *values[1:]], None
-    if name in known:
-        return None, None
     if name in RENAMED:
         return [f"--{RENAMED[name]}", *values], None
     if name in WITHOUT_EFFECT:
