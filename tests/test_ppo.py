@@ -23,6 +23,7 @@ from finetune_chatmodel_demo.training.command_line import parse_given
 from finetune_chatmodel_demo.training.settings import decide_settings
 from finetune_chatmodel_demo.training.stages import ppo_rollouts, ppo_settings
 from finetune_chatmodel_demo.training.stages.ppo_policy import ReplyRows, build_rows
+from finetune_chatmodel_demo.training.stages.ppo_watch import RolloutWatch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 METHODS = {
@@ -124,7 +125,7 @@ def test_the_first_ratio_is_1(model, files, tmp_path, monkeypatch, method):
         torch.testing.assert_close(log_probs, part.log_probs, rtol=0, atol=2e-6)
         torch.testing.assert_close(values, part.values, rtol=0, atol=1e-6)
     trainer.rollout = rollout
-    figures = trainer._update(trainer._replies_of_this_update())
+    figures = trainer.updater.compute_gradients(trainer._replies_of_this_update())
     assert figures["ratio"] == pytest.approx(1, abs=1e-6)
     assert figures["policy_kl"] == pytest.approx(0, abs=1e-10)
     assert figures["clip_fraction"] == 0
@@ -205,9 +206,9 @@ def test_parts_of_a_rollout_lose_only_padding():
 
 def test_penalty_and_normalised_scores(model, files, tmp_path, monkeypatch):
     trainer = build_trainer(model, files, tmp_path / "o", monkeypatch, ppo_missing_eos_penalty=2.0, ppo_score_norm=True)
-    first = trainer._shape_scores(torch.tensor([1.0, 5.0]), torch.tensor([False, True]))
+    first = trainer.collector.shape_scores(torch.tensor([1.0, 5.0]), torch.tensor([False, True]))
     assert first.tolist() == pytest.approx([-1, 1])  # 1 and 5 - 2
-    second = trainer._shape_scores(torch.tensor([3.0, 5.0]), torch.tensor([False, False]))
+    second = trainer.collector.shape_scores(torch.tensor([3.0, 5.0]), torch.tensor([False, False]))
     mean, deviation = 3.0, math.sqrt((4 + 0 + 0 + 4) / 4)  # of 1, 3, 3, 5
     assert second.tolist() == pytest.approx([(3 - mean) / deviation, (5 - mean) / deviation])
 
@@ -222,7 +223,7 @@ def test_the_reference_is_the_model_before_training(model, files, tmp_path, meth
     rows = build_rows([[64790, 64792, 5]], [[30, 31, 2]], 0, "cpu")
     rows = ReplyRows(rows.input_ids % base.config.padded_vocab_size, rows.prompt_lengths, rows.reply_lengths)
     expected = base(rows.input_ids).logits.log_softmax(-1)[0, [2, 3, 4], rows.input_ids[0, 3:]]
-    torch.testing.assert_close(trainer.reference.log_probs(rows, 1.0)[0], expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(trainer.collector.reference.log_probs(rows, 1.0)[0], expected, rtol=0, atol=1e-6)
     trained = trainer.policy(rows.input_ids, rows.prompt_lengths, rows.reply_lengths)[0][0]
     assert (trained - expected).abs().max() > 1e-3
 
@@ -238,7 +239,7 @@ def test_the_reference_of_an_adapter_that_is_trained_on_is_that_adapter(model, f
     rows = build_rows([[60, 61, 5]], [[30, 31, 2]], 0, "cpu")
     expected = start(rows.input_ids).logits.log_softmax(-1)[0, [2, 3, 4], [30, 31, 2]]
     for each in (trainer, resumed):
-        torch.testing.assert_close(each.reference.log_probs(rows, 1.0)[0], expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(each.collector.reference.log_probs(rows, 1.0)[0], expected, rtol=0, atol=1e-6)
 
 
 def test_a_reference_of_its_own(model, files, tmp_path):
@@ -246,8 +247,8 @@ def test_a_reference_of_its_own(model, files, tmp_path):
     trainer = run(model, files, tmp_path / "o", max_steps=1, ref_model=tmp_path / "other")
     rows = build_rows([[60, 61, 5]], [[30, 31, 2]], 0, "cpu")
     expected = full.policy(rows.input_ids, rows.prompt_lengths, rows.reply_lengths)[0]
-    torch.testing.assert_close(trainer.reference.log_probs(rows, 1.0), expected, rtol=0, atol=1e-6)
-    assert not any(value.requires_grad for value in trainer.reference.model.parameters())
+    torch.testing.assert_close(trainer.collector.reference.log_probs(rows, 1.0), expected, rtol=0, atol=1e-6)
+    assert not any(value.requires_grad for value in trainer.collector.reference.model.parameters())
 
 
 # Runs
@@ -321,7 +322,7 @@ def test_validation_is_the_mean_reward_of_greedy_replies(finished, files):
                 ids.append(int(trainer.model.eval()(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
             if ids[-1] in tokenizer.stop_token_ids:
                 break
-        scores.append(trainer.reward([row["input_ids"]], [ids[len(row["input_ids"]) :]]).item())
+        scores.append(trainer.collector.reward([row["input_ids"]], [ids[len(row["input_ids"]) :]]).item())
         lengths.append(len(ids) - len(row["input_ids"]))
     assert found[-1]["eval_reward"] == pytest.approx(sum(scores) / 5, rel=1e-6)
     assert found[-1]["eval_reply_tokens"] == pytest.approx(sum(lengths) / 5)
@@ -354,8 +355,8 @@ def test_a_resumed_run_ends_with_the_same_weights(model, files, tmp_path, method
     first, second = whole.policy.state_dict(), resumed.policy.state_dict()
     assert first.keys() == second.keys()
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
-    assert resumed.kl_control.coef == whole.kl_control.coef != 0.2
-    assert resumed.score_moments.state() == whole.score_moments.state()
+    assert resumed.collector.kl_control.coef == whole.collector.kl_control.coef != 0.2
+    assert resumed.collector.score_moments.state() == whole.collector.score_moments.state()
 
 
 def test_a_rollout_can_only_be_continued_as_it_was_begun(model, files, tmp_path, capsys):
@@ -412,6 +413,20 @@ def test_whitened_rewards_and_estimators_run(model, files, tmp_path):
         assert log[-1]["kl_k3"] > 0
 
 
+def test_runs_that_go_astray_are_told_once(model, files, tmp_path, caplog):
+    changes = {"max_new_tokens": 1, "ppo_epochs": 1, "max_steps": 9, "learning_rate": 1e-9}
+    (files / "same.py").write_text("def same(prompts, replies): return [1 for _ in replies]", encoding="utf-8")
+    run(model, files, tmp_path / "o", reward_function=f"{files / 'same.py'}:same", **changes)
+    warnings = [record.getMessage() for record in caplog.records if "rollouts in a row" in record.getMessage()]
+    assert len(warnings) == 2
+    assert "--max_new_tokens 1 ended 100% of the replies; raise it" in warnings[0]
+    assert "all replies have the score 1: PPO learns from differences" in warnings[1]
+    watch = RolloutWatch(decide_settings(*parse_given(flags(model, files / "train.jsonl", "o", **options(files)))))
+    for _ in range(5):
+        watch.look({"hit_cap": 0.5, "reward": 1.0, "reward_std": 0.1, "kl": 31.0, "kl_k3": 9.0})
+    assert "the KL to the reference is 31.0 nats a reply (--ppo_target 6); lower --learning_rate" in caplog.text
+
+
 # What stops a run
 
 
@@ -437,7 +452,7 @@ def test_a_bad_loss_stops_the_run_and_names_the_prompts(model, files, tmp_path, 
     rollout.advantages[2] = float("inf")
     trainer.rollout = rollout
     with pytest.raises(RuntimeError, match=rf"the loss is .*row {int(rollout.row_index[2])} \("):
-        trainer._update(trainer._replies_of_this_update())
+        trainer.updater.compute_gradients(trainer._replies_of_this_update())
 
 
 def test_a_prompt_without_room_for_a_reply_is_named(model, files, tmp_path, capsys):
@@ -547,10 +562,10 @@ import torch
 torch.set_num_threads(1)
 from finetune_chatmodel_demo import finetune
 from finetune_chatmodel_demo.training import checkpoints
-from finetune_chatmodel_demo.training.stages import ppo
+from finetune_chatmodel_demo.training.stages import ppo_updating
 
 where, count = sys.argv[1], int(sys.argv[2])
-module, name = {"update": (ppo.PPOTrainer, "_learn_from"), "file": (checkpoints, "_flush")}[where]
+module, name = {"update": (ppo_updating.Updater, "_learn_from"), "file": (checkpoints, "_flush")}[where]
 original, calls = getattr(module, name), []
 
 def die_in_time(*args, **kwargs):

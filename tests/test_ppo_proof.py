@@ -131,7 +131,7 @@ def draw_pairs(folder: Path, tiny_folder: Path) -> list[dict]:
     )
     torch.manual_seed(0)
     with torch.no_grad():
-        drawn = [write_replies(model, prompts, settings, batch_size=100) for _ in range(4)]
+        drawn = [write_replies(model, prompts, settings, batch_size=100) for _ in range(8)]
     pairs = []
     for record, replies in zip(records, zip(*drawn)):
         texts = [read_reply(tokenizer, reply.ids).text for reply in replies]
@@ -157,7 +157,7 @@ def reward_model(folder, tiny_folder) -> Path:
         "validation_file": folder / "pairs_validation.jsonl",
         "learning_rate": 2e-3,
         "per_device_train_batch_size": 16,
-        "max_steps": 60,
+        "max_steps": 40,
         "logging_steps": 20,
         "save_strategy": "no",
     }
@@ -169,14 +169,16 @@ def reward_model(folder, tiny_folder) -> Path:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_reward_model_as_reward(folder, tiny_folder, reward_model, tmp_path, seed):
-    trainer = train_policy(folder, tiny_folder, tmp_path / "o", reward_model=reward_model, seed=seed)
+    # Its scores lie further apart than the rule's 0 and 1, so the KL weighs more.
+    options = {"reward_model": reward_model, "ppo_kl_coef": 0.2}
+    trainer = train_policy(folder, tiny_folder, tmp_path / "o", seed=seed, **options)
     figures = summarise(trainer, "reward model", seed)
     assert figures["drawn"] > figures["drawn_before"] + 1
     assert max(figures["kl"], figures["kl_k3"]) < LARGEST_KL
     # What the reward model was taught, on questions that neither has seen.
     tokenizer = trainer.tokenizer_to_save
     prompts = [row["input_ids"] for row in trainer.eval_dataset.rows]
-    replies = trainer._answer(prompts, list(range(len(prompts))), is_greedy=True)
+    replies = trainer.collector.answer(prompts, list(range(len(prompts))), is_greedy=True)
     share = sum("色" in read_reply(tokenizer, reply.ids).text for reply in replies) / len(replies)
-    print("share of replies with the character", share)
+    print("share of greedy replies with the character:", share)
     assert share > 0.8

@@ -9,7 +9,6 @@ flags in `ppo_settings`. Exercise it with `pytest tests/test_ppo.py`.
 """
 
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,42 +21,20 @@ from finetune_chatmodel_demo.conversation.collating import PadCollator
 from finetune_chatmodel_demo.generation.prompts import prompt_budget
 from finetune_chatmodel_demo.training.arguments import SettingsError
 from finetune_chatmodel_demo.training.report import uses_checkpointing
-from finetune_chatmodel_demo.training.run_trainer import NonFiniteLossError, RunTrainer
+from finetune_chatmodel_demo.training.run_trainer import RunTrainer
 from finetune_chatmodel_demo.training.settings import Settings
 from finetune_chatmodel_demo.training.stages import ppo_settings
+from finetune_chatmodel_demo.training.stages.ppo_collecting import Collector
 from finetune_chatmodel_demo.training.stages.ppo_figures import Figures
-from finetune_chatmodel_demo.training.stages.ppo_math import (
-    AdaptiveKL,
-    FixedKL,
-    RunningMoments,
-    explained_variance,
-    kl_k3,
-    masked_moments,
-    policy_loss,
-    value_loss,
-)
-from finetune_chatmodel_demo.training.stages.ppo_policy import (
-    PolicyWithValue,
-    Reference,
-    without_adapter_wrapper,
-)
+from finetune_chatmodel_demo.training.stages.ppo_policy import PolicyWithValue, Reference, without_adapter_wrapper
 from finetune_chatmodel_demo.training.stages.ppo_rewards import build_reward
-from finetune_chatmodel_demo.training.stages.ppo_rollouts import (
-    Reply,
-    RewardShape,
-    Rollout,
-    assess_replies,
-    describe_rollout,
-    join_rows,
-    order_of_prompts,
-    seed_of,
-    write_replies,
-)
+from finetune_chatmodel_demo.training.stages.ppo_rollouts import Rollout, order_of_prompts, seed_of
+from finetune_chatmodel_demo.training.stages.ppo_updating import Updater
+from finetune_chatmodel_demo.training.stages.ppo_watch import RolloutWatch
 from finetune_chatmodel_demo.training.stages.reference import build_reference, disable_dropout
 
 STATE_FILE = "ppo_state.pt"
 ROLLOUT_FILE = "ppo_rollout_{process}.pt"
-NO_PROBABILITIES = "probability tensor contains"  # what torch says when it shall draw from NaN
 
 
 class PPOTrainer(RunTrainer):
@@ -80,17 +57,18 @@ class PPOTrainer(RunTrainer):
         for rows in (train_rows, validation_rows):
             _check_room(rows, model, settings.generation.max_new_tokens)
         disable_dropout(self.model)
-        stage, sampling = settings.stage, ppo_settings.sampling_of(settings)
-        self.policy = PolicyWithValue(self.model, sampling["temperature"])
-        self.wrapped: nn.Module = self.policy
-        self.reference = build_reference(self.model, settings, Reference)
-        self.reward = build_reward(settings, tokenizer)
-        self.shape = RewardShape(stage.ppo_kl_estimator, stage.ppo_whiten_rewards, stage.ppo_gamma, stage.ppo_lam)
-        self.kl_control = FixedKL(stage.ppo_kl_coef)
-        if stage.ppo_adaptive_kl:
-            self.kl_control = AdaptiveKL(stage.ppo_kl_coef, stage.ppo_target, stage.ppo_kl_horizon)
-        self.score_moments = RunningMoments()
-        self.figures = Figures()
+        self.policy = PolicyWithValue(self.model, ppo_settings.sampling_of(settings)["temperature"])
+        self.collector = Collector(
+            self.policy,
+            build_reference(self.model, settings, Reference),
+            build_reward(settings, tokenizer),
+            settings,
+            tokenizer,
+            self.accelerator,
+            self._describe_failure,
+        )
+        self.updater: Updater | None = None
+        self.figures, self.rollout_watch = Figures(), RolloutWatch(settings)
         self.rollout: Rollout | None = None
         self.rollouts_done = self.updates_done = 0  # whole rollouts, and updates of the one at work
 
@@ -150,7 +128,7 @@ class PPOTrainer(RunTrainer):
         self.create_optimizer()
         self.create_scheduler(steps)
         self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
-        self.wrapped = self.accelerator.prepare_model(self.policy, device_placement=False)
+        self.updater = Updater(self.policy, self.settings, self.accelerator, self._describe_failure)
         self.state = (
             TrainerState()
             if checkpoint is None
@@ -182,91 +160,21 @@ class PPOTrainer(RunTrainer):
             self.optimizer = kind([group for group in groups if group["params"]] + [head], **options)
         return self.optimizer
 
-    # A rollout
-
-    def _sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sums a tensor over processes."""
-        return self.accelerator.reduce(values, reduction="sum")
+    # A step
 
     def _collect(self) -> Rollout:
-        """Draws replies, scores them and computes their advantages."""
-        # Every generator starts anew, also those that a reward function may use: a resumed run draws the same.
+        """The next rollout of this process."""
         seed, process, processes = self.args.seed, self.args.process_index, self.args.world_size
+        # Every generator starts anew, also those that a reward function may use: a resumed run draws the same.
         set_seed(seed_of(seed, self.rollouts_done, process))
-        size = ppo_settings.replies_of_rollout(self.settings)
-        start = self.rollouts_done * size * processes
+        size = ppo_settings.replies_of_rollout(self.settings) * processes
         data_seed = seed if self.args.data_seed is None else self.args.data_seed
-        chosen = order_of_prompts(len(self.train_dataset), start, size * processes, data_seed)[process::processes]
-        prompts = [self.train_dataset.rows[row]["input_ids"] for row in chosen]
-        replies = self._answer(prompts, chosen, is_greedy=False)
-        rows, hit_cap = join_rows(prompts, replies, self.tokenizer_to_save.pad_token_id, self.args.device)
-        scores = self._score(prompts, replies)
-        self.policy.eval()
-        with self.accelerator.autocast():
-            found = assess_replies(self.policy, self.reference, rows, self.args.per_device_eval_batch_size)
-        self._check_finite("a log-probability or value", sum(found.values()).sum(dim=1), chosen)
-        self._check_finite("the score", scores, chosen)
-        mask = rows.mask
-        shaped = self._shape_scores(scores, hit_cap)
-        advantages, returns = self.shape.advantages(found, shaped, mask, self.kl_control.coef, self._sum)
-        rollout = Rollout(
-            row_index=torch.tensor(chosen, device=self.args.device),
-            input_ids=rows.input_ids,
-            prompt_lengths=rows.prompt_lengths,
-            reply_lengths=rows.reply_lengths,
-            hit_cap=hit_cap,
-            scores=scores,
-            advantages=advantages,
-            returns=returns,
-            **found,
-        )
-        self._note_rollout(rollout)
-        return rollout
-
-    def _answer(self, prompts: list[list[int]], rows: list[int], is_greedy: bool) -> list[Reply]:
-        generation = ppo_settings.build_generation(self.settings, self.tokenizer_to_save, is_greedy)
-        self.model.eval()
-        try:
-            with torch.no_grad(), self.accelerator.autocast():
-                return write_replies(self.model, prompts, generation, self.args.per_device_eval_batch_size)
-        except RuntimeError as error:
-            if NO_PROBABILITIES not in str(error):
-                raise
-            failure = self._describe_failure("the policy's probabilities are no numbers", [torch.tensor(rows)])
-            raise NonFiniteLossError(failure) from error
-
-    def _score(self, prompts: list[list[int]], replies: list[Reply]) -> torch.Tensor:
-        if not prompts:
-            return torch.zeros(0, device=self.args.device)
-        with self.accelerator.autocast():
-            return self.reward(prompts, [reply.ids for reply in replies]).to(self.args.device, torch.float32)
-
-    def _shape_scores(self, scores: torch.Tensor, hit_cap: torch.Tensor) -> torch.Tensor:
-        """Scores with the penalty for replies that did not end, normalised where the flag says so; (B,)."""
-        shaped = scores - self.settings.stage.ppo_missing_eos_penalty * hit_cap
-        if not self.settings.stage.ppo_score_norm:
-            return shaped
-        everything = torch.ones_like(shaped, dtype=torch.bool)
-        mean, variance = masked_moments(shaped.double(), everything, self._sum)
-        self.score_moments.add(mean.item(), variance.item(), len(shaped) * self.args.world_size)
-        return self.score_moments.normalise(shaped)
-
-    def _note_rollout(self, rollout: Rollout) -> None:
-        """Logs a rollout's figures and moves the KL's coefficient."""
-        figures = describe_rollout(rollout, self._sum)
-        figures["kl_coef"] = self.kl_control.coef
-        figures["explained_variance"] = explained_variance(
-            rollout.values, rollout.returns, rollout.mask, self._sum
-        ).item()
+        rows = order_of_prompts(len(self.train_dataset), self.rollouts_done * size, size, data_seed)[process::processes]
+        prompts = [self.train_dataset.rows[row]["input_ids"] for row in rows]
+        rollout, figures = self.collector.collect(prompts, rows)
         self.figures.add_rollout(figures)
-        self.kl_control.update(figures["kl"], len(rollout.scores) * self.args.world_size)
-
-    def _check_finite(self, what: str, values: torch.Tensor, rows: list[int]) -> None:
-        bad = [row for row, is_good in zip(rows, torch.isfinite(values).tolist()) if not is_good]
-        if bad:
-            raise NonFiniteLossError(self._describe_failure(f"{what} is not finite", [torch.tensor(bad)]))
-
-    # An update
+        self.rollout_watch.look(figures)
+        return rollout
 
     def _step(self) -> float:
         """One optimizer update, with a rollout before it when the last one is used up; returns the loss."""
@@ -275,7 +183,11 @@ class PPOTrainer(RunTrainer):
             self.rollout = self._collect()
         replies = self._replies_of_this_update()
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        figures = self._update(replies)
+        figures = self.updater.compute_gradients(replies)
+        self.optimizer.step()
+        if not self.accelerator.optimizer_step_was_skipped:
+            self.lr_scheduler.step()
+        self.optimizer.zero_grad()
         self.state.global_step += 1
         epoch_before = self.state.epoch
         self._advance()
@@ -295,60 +207,6 @@ class PPOTrainer(RunTrainer):
         seed = seed_of(self.args.seed, self.rollouts_done, self.args.process_index, epoch)
         order = torch.randperm(len(self.rollout.scores), generator=torch.Generator().manual_seed(seed))
         return self.rollout.select(order[place * size : (place + 1) * size].to(self.args.device))
-
-    def _update(self, replies: Rollout) -> dict[str, float]:
-        """Forward and backward in batches of --per_device_train_batch_size, then one step of the optimizer.
-
-        Returns:
-            The log's figures of the update, over all processes.
-        """
-        self.policy.train()
-        tokens = self._sum(replies.mask.sum())
-        lengths = replies.prompt_lengths + replies.reply_lengths
-        batches = lengths.argsort(descending=True, stable=True).split(self.args.per_device_train_batch_size)
-        sums = torch.zeros(len(UPDATE_FIGURES), device=self.args.device)
-        for number, chosen in enumerate(batches):
-            is_last = number == len(batches) - 1
-            with nullcontext() if is_last else self.accelerator.no_sync(self.wrapped):
-                sums += self._learn_from(replies.select(chosen), tokens)
-        parameters = [value for value in self.policy.parameters() if value.requires_grad]
-        norm = self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm or float("inf"))
-        if self.settings.precision != "float16" and not torch.isfinite(norm):
-            raise NonFiniteLossError(
-                self._describe_failure(f"the gradient's norm is {float(norm)}", [replies.row_index])
-            )
-        self.optimizer.step()
-        if not self.accelerator.optimizer_step_was_skipped:
-            self.lr_scheduler.step()
-        self.optimizer.zero_grad()
-        means = dict(zip(UPDATE_FIGURES, (self._sum(sums) / tokens).tolist()))
-        loss = means["policy_loss"] + self.settings.stage.ppo_vf_coef * means["value_loss"]
-        return {"loss": loss, "grad_norm": float(norm), **means}
-
-    def _learn_from(self, batch: Rollout, tokens: torch.Tensor) -> torch.Tensor:
-        """Gradients of a batch's share in the loss of an update.
-
-        Args:
-            batch: some of the update's replies.
-            tokens: () reply tokens of the whole update on all processes: every token weighs the same.
-
-        Returns:
-            (figures,): sums over the batch's tokens, in the order of UPDATE_FIGURES.
-        """
-        stage, mask = self.settings.stage, batch.mask
-        log_probs, entropies, values = self.wrapped(batch.input_ids, batch.prompt_lengths, batch.reply_lengths)
-        policy, clipped = policy_loss(log_probs, batch.log_probs, batch.advantages, mask, stage.ppo_cliprange)
-        value, value_clipped = value_loss(values, batch.values, batch.returns, mask, stage.ppo_cliprange_value)
-        summed = policy + stage.ppo_vf_coef * value
-        if not torch.isfinite(summed):
-            raise NonFiniteLossError(self._describe_failure(f"the loss is {summed.item()}", [batch.row_index]))
-        # Gradients are averaged over processes.
-        self.accelerator.backward(summed * self.args.world_size / tokens)
-        with torch.no_grad():
-            moved = kl_k3(batch.log_probs, log_probs)
-            ratio = ((log_probs - batch.log_probs).exp() * mask).sum()
-            figures = [policy, value, entropies.sum(), clipped, value_clipped, ratio, moved.sum()]
-            return torch.stack([figure.detach().float() for figure in figures])
 
     def _advance(self) -> None:
         """Counts an update; after the last one of a rollout the next begins."""
@@ -382,11 +240,11 @@ class PPOTrainer(RunTrainer):
         started, data = time.time(), self.eval_dataset.rows
         chosen = list(range(self.args.process_index, len(data), self.args.world_size))
         prompts = [data[row]["input_ids"] for row in chosen]
-        replies = self._answer(prompts, chosen, is_greedy=True) if prompts else []
-        scores = self._score(prompts, replies).double()
+        replies = self.collector.answer(prompts, chosen, is_greedy=True) if prompts else []
+        scores = self.collector.score(prompts, replies).double()
         lengths = torch.tensor([[len(reply.ids), reply.hit_cap] for reply in replies], dtype=torch.float64)
         lengths = lengths.reshape(-1, 2).sum(dim=0).to(scores.device)
-        sums = self._sum(torch.cat([torch.stack([scores.sum(), (scores**2).sum()]), lengths]))
+        sums = self.collector.sum(torch.cat([torch.stack([scores.sum(), (scores**2).sum()]), lengths]))
         reward, square, tokens, capped = (sums / len(data)).tolist()
         figures = {"reward": reward, "reward_std": max(square - reward**2, 0.0) ** 0.5}
         figures |= {"reply_tokens": tokens, "hit_cap": capped}
@@ -407,8 +265,7 @@ class PPOTrainer(RunTrainer):
         if self.args.should_save:
             state = {
                 "value_head": self.policy.value_head.state_dict(),
-                "kl_coef": self.kl_control.coef,
-                "score_moments": self.score_moments.state(),
+                "collector": self.collector.state(),
                 "figures": self.figures.state(),
                 "rollouts_done": self.rollouts_done,
                 "updates_done": self.updates_done,
@@ -427,8 +284,7 @@ class PPOTrainer(RunTrainer):
             raise SettingsError(f"{folder} has no {STATE_FILE} (--save_only_model?): PPO cannot be resumed from it")
         state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
         self.policy.value_head.load_state_dict(state["value_head"])
-        self.kl_control.coef = state["kl_coef"]
-        self.score_moments.load(state["score_moments"])
+        self.collector.load(state["collector"])
         self.figures.load(state["figures"])
         self.rollouts_done, self.updates_done = state["rollouts_done"], state["updates_done"]
         if self.updates_done == 0:
@@ -455,18 +311,6 @@ class PPOTrainer(RunTrainer):
             "max_new_tokens": self.settings.generation.max_new_tokens,
             **sampling,
         }
-
-
-# Means over the tokens of an update. `policy_kl`: how far the policy has moved since the rollout.
-UPDATE_FIGURES = (
-    "policy_loss",
-    "value_loss",
-    "entropy",
-    "clip_fraction",
-    "value_clip_fraction",
-    "ratio",
-    "policy_kl",
-)
 
 
 def _check_room(rows: Any | None, model: nn.Module, max_new_tokens: int) -> None:
