@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
+from evaluation_helpers import build_questions
 from safetensors.torch import load_file
 from training_helpers import flags, make_model, read_log, train, write_conversations
 
 from finetune_chatmodel_demo.chatglm3 import load_model, load_tokenizer
 from finetune_chatmodel_demo.conversation import build_dataset
+from finetune_chatmodel_demo.evaluation.questions import UNSEEN, write_questions
 from finetune_chatmodel_demo.training import checkpoints, replies, run_trainer, trainer
 from finetune_chatmodel_demo.training.command_line import parse_given
 from finetune_chatmodel_demo.training.settings import decide_settings
@@ -126,6 +128,11 @@ def test_the_best_evaluation_has_a_checkpoint(model, data, validation, tmp_path)
         ({"eval_questions": 5}, "--eval_questions asks for replies of the validation data, and there is none"),
         ({"eval_questions": -1, "val_size": 0.5}, "--eval_questions is -1"),
         ({"eval_questions": 5, "val_size": 0.5, "stage": "dpo"}, "which --stage dpo does not train"),
+        ({"eval_questions_file": "x.json", "val_size": 0.5}, "--eval_questions N how many; add it"),
+        (
+            {"eval_questions_file": "/x", "eval_questions": 1, "val_size": 0.5},
+            "--eval_questions_file /x does not exist",
+        ),
         ({"metric_for_best_model": "exact", "val_size": 0.5}, "exact needs --eval_questions N"),
     ],
 )
@@ -212,6 +219,21 @@ def test_questions_are_logged_and_leave_the_training_alone(options, model, data,
     assert evaluations(tmp_path / "b").keys() == shares.keys()  # in one entry with the loss
 
 
+def test_facts_are_asked(model, data, validation, tmp_path):
+    """Questions from the CSV, judged field by field: more figures beside the share of exact ones."""
+    questions = tmp_path / "questions.json"
+    write_questions(build_questions(), questions)
+    options = {"pre_seq_len": 4, "max_steps": 2, "validation_file": validation, "eval_steps": 1}
+    asked = {"eval_questions": 8, "eval_questions_file": questions}
+    assert train(model, data, tmp_path / "o", **options, **asked) == 0
+    entries = [entry for entry in read_log(tmp_path / "o") if "eval_loss" in entry]
+    assert len(entries) == 2
+    for entry in entries:
+        assert entry["eval_asked"] == 8
+        assert entry["eval_exact"] + entry["eval_wrong"] + entry["eval_missing"] <= 1
+        assert f"eval_exact {UNSEEN}" in entry
+
+
 @pytest.mark.parametrize("method", ["lora", "freeze", "full"])
 def test_every_method_is_asked(method, model, data, validation, tmp_path):
     options = {"finetuning_type": method, "max_steps": 2, "validation_file": validation, "eval_steps": 1}
@@ -223,7 +245,9 @@ def test_every_method_is_asked(method, model, data, validation, tmp_path):
 def test_the_best_checkpoint_by_exact_replies_or_by_loss(metric, model, data, validation, tmp_path, monkeypatch):
     """The share falls here while the loss falls too, so that the two choices differ."""
     shares = iter([0.8, 0.6, 0.4, 0.2])
-    monkeypatch.setattr(trainer.ChatTrainer, "_ask", lambda _: next(shares, 0.8))  # the fifth: the best at the end
+    monkeypatch.setattr(
+        trainer.ChatTrainer, "_ask", lambda _: {"exact": next(shares, 0.8)}
+    )  # the fifth: the best at the end
     options = {"pre_seq_len": 4, "validation_file": validation, "eval_steps": 1, "learning_rate": 0.1}
     options |= {"load_best_model_at_end": True, "metric_for_best_model": metric, "eval_questions": 5}
     assert train(model, data, tmp_path / "o", **options) == 0

@@ -179,6 +179,13 @@ class RunArguments:
             "that it writes exactly (--metric_for_best_model exact)."
         },
     )
+    eval_questions_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "--eval_questions: ask these instead, against facts (of data_processing/question_builder.py), or "
+            "those of a file of conversations with 'column' keys."
+        },
+    )
     overfit_check: int | None = field(
         default=None,
         metadata={"help": "Self-test instead of a run: train on N rows until their replies are reproduced exactly."},

@@ -296,6 +296,11 @@ def _check_best(settings: "Settings") -> None:
             "--eval_questions asks for replies of the validation data, and there is none: give --validation_file, "
             "--eval_dataset or --val_size"
         )
+    if run.eval_questions_file:
+        if not run.eval_questions:
+            raise SettingsError("--eval_questions_file says what is asked, --eval_questions N how many; add it")
+        if not Path(run.eval_questions_file).is_file():
+            raise SettingsError(f"--eval_questions_file {run.eval_questions_file} does not exist")
     if str(given.get("metric_for_best_model")) in ("exact", "eval_exact") and not run.eval_questions:
         raise SettingsError("--metric_for_best_model exact needs --eval_questions N, e.g. 100, which measures it")
 

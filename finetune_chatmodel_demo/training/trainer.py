@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from finetune_chatmodel_demo.conversation.collating import PackCollator, PadCollator
 from finetune_chatmodel_demo.conversation.grouping import GroupedRows
 from finetune_chatmodel_demo.conversation.rendering import IGNORED_LABEL
+from finetune_chatmodel_demo.evaluation.sample import TrainingEvaluator, build_training_evaluator
 from finetune_chatmodel_demo.training.arguments import SettingsError
 from finetune_chatmodel_demo.training.diagnosis import LearningWatch
 from finetune_chatmodel_demo.training.replies import (
@@ -50,6 +51,7 @@ class ChatTrainer(RunTrainer):
         """Arguments: see `RunTrainer`."""
         self._validation = torch.zeros(2, dtype=torch.float64)
         self._questions: list[Reply] | None = None
+        self._evaluator: TrainingEvaluator | None = None
         report = getattr(train_rows, "report", None)
         if settings.data.packing and train_rows is not None:
             train_rows = GroupedRows(train_rows, settings.data.max_seq_length, settings.training.seed)
@@ -90,23 +92,42 @@ class ChatTrainer(RunTrainer):
         if name in output.metrics:
             output.metrics[name] = (totals[0] / totals[1].clamp(min=1)).item()
         if self.settings.run.eval_questions and "eval_loss" in output.metrics:
-            output.metrics["eval_exact"] = self._ask()
+            output.metrics.update({f"eval_{name}": figure for name, figure in self._ask().items()})
         return output
 
-    def _ask(self) -> float:
-        """The share of --eval_questions replies of the validation data that the model writes exactly."""
-        model, tokenizer = self.accelerator.unwrap_model(self.model), self.tokenizer_to_save
-        if self._questions is None:
+    def _ask(self) -> dict[str, float]:
+        """What --eval_questions measures: "exact" is the share of the questions that are answered exactly."""
+        model = self.accelerator.unwrap_model(self.model)
+        model.eval()
+        with self.compute_loss_context_manager():
+            if self.settings.run.eval_questions_file:
+                return self._ask_facts(model)
+            return {"exact": self._ask_rows(model)}
+
+    def _ask_facts(self, model: nn.Module) -> dict[str, float]:
+        """Questions that are held against facts; every process asks all of them."""
+        if self._evaluator is None:
             run, args = self.settings.run, self.args
-            room = model.config.seq_length
-            rows, stops = self.eval_dataset.rows, tokenizer.stop_token_ids
-            self._questions = sample_replies(rows, run.eval_questions, args.seed, stops, room)
+            self._evaluator = build_training_evaluator(
+                run.eval_questions_file,
+                self.tokenizer_to_save,
+                count=run.eval_questions,
+                seed=args.seed,
+                prompt_format=self.settings.prompt_format,
+                batch_size=args.per_device_eval_batch_size,
+            )
+        return self._evaluator(model)
+
+    def _ask_rows(self, model: nn.Module) -> float:
+        """Replies of the validation data, shared out among the processes."""
+        tokenizer = self.tokenizer_to_save
+        if self._questions is None:
+            rows, stops, count = self.eval_dataset.rows, tokenizer.stop_token_ids, self.settings.run.eval_questions
+            self._questions = sample_replies(rows, count, self.args.seed, stops, model.config.seq_length)
             if not self._questions:
                 raise SettingsError("--eval_questions: no row of the validation data has a whole supervised reply")
         own = share_out(self._questions, self.args.process_index, self.args.world_size)
-        model.eval()
-        with self.compute_loss_context_manager():
-            written = write_replies(model, tokenizer, [reply for reply, _ in own], self.args.per_device_eval_batch_size)
+        written = write_replies(model, tokenizer, [reply for reply, _ in own], self.args.per_device_eval_batch_size)
         exact = sum(is_reproduced(tokenizer, reply, ids) for (reply, counts), ids in zip(own, written) if counts)
         total = self.accelerator.reduce(torch.tensor(float(exact), device=self.args.device), reduction="sum")
         return total.item() / len(self._questions)
