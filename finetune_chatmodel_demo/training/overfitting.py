@@ -39,6 +39,7 @@ LEARNING_RATE = {P_TUNING: 2e-2, LORA: 1e-3, FREEZE: 3e-4, FULL: 1e-4}
 # Below this mean loss (nats a token) of the newest batches it is worth letting the model write.
 LOSS_TO_ASK = 0.1
 STEPS_BETWEEN_QUESTIONS = 20
+STEPS_BETWEEN_REPORTS = 100
 QUESTIONS_AT_A_TIME = 16
 CLIP = 1.0
 
@@ -153,17 +154,21 @@ def overfit(
     while len(losses) < most_steps:
         losses.append(trainer.step(collate(next(batches))))
         newest = losses[-STEPS_BETWEEN_QUESTIONS:]
-        is_due = len(losses) - asked >= STEPS_BETWEEN_QUESTIONS and sum(newest) / len(newest) < LOSS_TO_ASK
-        if is_due or len(losses) == most_steps:
+        is_low = sum(newest) / len(newest) < LOSS_TO_ASK or len(losses) % STEPS_BETWEEN_REPORTS == 0
+        if (len(losses) - asked >= STEPS_BETWEEN_QUESTIONS and is_low) or len(losses) == most_steps:
             asked = len(losses)
             written = trainer.write(tokenizer, replies)
             exact = [is_reproduced(tokenizer, reply, ids) for reply, ids in zip(replies, written)]
             print(f"step {asked}: loss {newest[-1]:.4f}, {sum(exact)} of {len(exact)} replies reproduced", flush=True)
-            if all(exact):
+            if all(exact) or not leaves_hope(replies, exact):
                 break
-        elif len(losses) % 100 == 0:
-            print(f"step {len(losses)}: loss {sum(newest) / len(newest):.4f}", flush=True)
     return Outcome(replies, written, exact, losses, float(rate), most_steps, time.monotonic() - started)
+
+
+def leaves_hope(replies: Sequence[Reply], is_exact: Sequence[bool]) -> bool:
+    """Whether more can be reproduced: a prompt of which another reply is reproduced is settled."""
+    settled = {reply.prompt_ids for reply, exact in zip(replies, is_exact) if exact}
+    return any(reply.prompt_ids not in settled for reply, exact in zip(replies, is_exact) if not exact)
 
 
 class _Stepper:
