@@ -11,6 +11,9 @@ from training_helpers import losses, make_model, read_log
 from finetune_chatmodel_demo.chatglm3 import ChatGLM3ForCausalLM, load_model
 from finetune_chatmodel_demo.chatglm3.adapters import load_adapter
 from finetune_chatmodel_demo.training import checkpoints, methods
+from finetune_chatmodel_demo.training.stages import dpo_settings
+
+pytest.importorskip("trl", minversion="1.16")
 
 BETA = 0.2
 PROBE = torch.tensor([[5, 17, 99, 250, 31, 7, 1200, 44]])
@@ -409,6 +412,18 @@ def test_impossible_settings_are_refused(options, message, model, data, tmp_path
     assert train(model, data, tmp_path / "o", **{"stage": "dpo", "finetuning_type": "full"} | options) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("found", ["1.14.2", None])
+def test_too_old_a_trl_is_refused(found, model, data, tmp_path, capsys, monkeypatch):
+    def version(name):
+        if found is None:
+            raise dpo_settings.metadata.PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(dpo_settings.metadata, "version", version)
+    assert train(model, data, tmp_path / "o", stage="dpo", finetuning_type="full") == 1
+    assert f"needs the package trl from version 1.16 (found: {found or 'none'})" in capsys.readouterr().err
 
 
 def test_runs_with_another_objective_are_noted(model, data, tmp_path, capsys):

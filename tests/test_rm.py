@@ -1,5 +1,6 @@
 """Reward models: loss, scores under padding, what each method trains, saves and resumes, a proof on held-out pairs."""
 
+import importlib.util
 import math
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from finetune_chatmodel_demo.training.stages.pairs import PairCollator
 from finetune_chatmodel_demo.training.stages.ppo_rewards import RewardModel, load_reward_model
 from finetune_chatmodel_demo.training.stages.rm import pair_loss
 
+HAS_TRL = importlib.util.find_spec("trl") is not None
+STAGES = ["rm", pytest.param("dpo", marks=pytest.mark.skipif(not HAS_TRL, reason="trl is not installed"))]
 RM_METHODS = ("lora", "freeze", "full")
 PAIR = {"prompt_ids": [5, 17, 0, 99], "chosen_ids": [31, 7, 2], "rejected_ids": [44, 0, 8, 9, 10, 2]}
 
@@ -192,7 +195,7 @@ def test_a_result_is_evaluated_without_training(model, data, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["rm", "dpo"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_two_processes_count_every_pair_once(stage, model, tmp_path):
     """13 pairs in batches of 2 on 2 processes: three would be counted twice."""
     data = write_pairs(tmp_path / "pairs.jsonl", rows=13)
@@ -238,7 +241,7 @@ def test_impossible_settings_are_refused(options, message, model, data, tmp_path
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("stage", ["rm", "dpo"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_loss_that_is_no_number_names_the_pairs(stage, model, data, tmp_path, capsys, monkeypatch):
     def poison(settings):
         prepared = original(settings)

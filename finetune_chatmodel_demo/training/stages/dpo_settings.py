@@ -1,15 +1,18 @@
 """What the flags of --stage dpo mean to TRL, and which of their values cannot work."""
 
-import importlib.util
 import math
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from packaging.version import Version
 
 from finetune_chatmodel_demo.training.arguments import LORA, SettingsError, StageArguments
 
 if TYPE_CHECKING:
     from finetune_chatmodel_demo.training.settings import Settings
 
+OLDEST_TRL = Version("1.16")  # `dpo.PreferenceLoss` says what it takes from TRL
 OUTPUT_LAYER = ("lm_head", "output_layer")
 
 
@@ -47,8 +50,20 @@ def check_dpo_settings(settings: "Settings") -> None:
             "--stage dpo trains without dropout, so that policy and reference start out equal: --lora_dropout is only "
             "recorded in the adapter"
         )
-    if importlib.util.find_spec("trl") is None:
-        raise SettingsError("--stage dpo needs the package trl: pip install 'trl>=1.16'")
+    _check_trl()
+
+
+def _check_trl() -> None:
+    """Looks at TRL's version without the seconds that importing it takes."""
+    try:
+        found = metadata.version("trl")
+    except metadata.PackageNotFoundError:
+        found = "none"
+    if found == "none" or Version(found) < OLDEST_TRL:
+        raise SettingsError(
+            f"--stage dpo needs the package trl from version {OLDEST_TRL} (found: {found}), which needs Python 3.11: "
+            f"pip install 'trl>={OLDEST_TRL}'"
+        )
 
 
 def build_dpo_arguments(stage: StageArguments) -> dict[str, Any]:
