@@ -227,11 +227,6 @@ def _check_quantization(settings: "Settings") -> None:
 def _check_deepspeed(settings: "Settings") -> None:
     if not settings.given.get("deepspeed"):
         return
-    if settings.method == P_TUNING:
-        raise SettingsError(
-            "--deepspeed with --pre_seq_len would train the prefix in half precision, and a prefix has no memory to "
-            "share out; drop --deepspeed (several GPUs work with torchrun alone)"
-        )
     if settings.stage.stage not in ("pt", "sft"):
         raise SettingsError(f"--deepspeed works with --stage pt and sft, not with {settings.stage.stage}; drop it")
     if importlib.util.find_spec("deepspeed") is None:

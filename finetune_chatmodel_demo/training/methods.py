@@ -25,6 +25,7 @@ from finetune_chatmodel_demo.chatglm3.prefix_start import encode_start, start_pr
 from finetune_chatmodel_demo.chatglm3.recomputing import set_policy
 from finetune_chatmodel_demo.training.arguments import FREEZE, FULL, LORA, P_TUNING, SettingsError
 from finetune_chatmodel_demo.training.settings import Settings
+from finetune_chatmodel_demo.training.zero import connect
 
 # Beside a half-precision model: the trained parameters as they were, so that a resumed run continues exactly.
 TRAINED_FILE = "trained_parameters.safetensors"
@@ -51,6 +52,8 @@ def prepare_model(settings: Settings) -> nn.Module:
     Raises:
         SettingsError: when the model, prefix or adapter cannot be loaded.
     """
+    if settings.training.deepspeed:
+        connect()
     try:
         model = _load_base(settings)
         if settings.method == LORA:
