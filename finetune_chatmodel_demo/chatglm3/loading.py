@@ -1,6 +1,9 @@
 """The functions with which everything else gets its tokenizer and its model."""
 
 import logging
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,14 +76,15 @@ def load_model(
         check_prefix(pt_checkpoint, ChatGLM3Config.from_pretrained(str(path)))
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     quantization = None if quantization_bit is None else _quantization(quantization_bit, _dtype(dtype, device))
-    model, report = MODEL_CLASSES[head].from_pretrained(
-        str(path),
-        dtype=_dtype(dtype, device),
-        device_map={"": device} if quantization is not None else None,
-        quantization_config=quantization,
-        output_loading_info=True,
-        **({"num_labels": 1} if head == "score" else {}),
-    )
+    with _without_report():
+        model, report = MODEL_CLASSES[head].from_pretrained(
+            str(path),
+            dtype=_dtype(dtype, device),
+            device_map={"": device} if quantization is not None else None,
+            quantization_config=quantization,
+            output_loading_info=True,
+            **({"num_labels": 1} if head == "score" else {}),
+        )
     _check_report(path, report, head)
     if quantization is None:
         model = model.to(device)
@@ -131,6 +135,18 @@ def _keep_4bit_layout(model: torch.nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """transformers warns of every new score head; `_check_report` tells what is as it should be from what is not."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _check_report(path: str | Path, report: dict[str, Any], head: str) -> None:
