@@ -1,7 +1,6 @@
 """The functions with which everything else gets its tokenizer and its model."""
 
 import logging
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
