@@ -139,13 +139,16 @@ def _keep_4bit_layout(model: torch.nn.Module) -> None:
 @contextmanager
 def _without_report() -> Iterator[None]:
     """transformers warns of every new score head; `_check_report` tells what is as it should be from what is not."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
     logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.addFilter(is_other)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(is_other)
 
 
 def _check_report(path: str | Path, report: dict[str, Any], head: str) -> None:
