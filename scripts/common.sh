@@ -12,6 +12,14 @@ fi
 # The original's scripts spell this knob GRAD_ACCUMULARION_STEPS; both spellings count.
 GRAD_ACCUMULATION_STEPS=${GRAD_ACCUMULATION_STEPS:-${GRAD_ACCUMULARION_STEPS:-}}
 
+GIVEN_OUTPUT_DIR=${OUTPUT_DIR:-}
+
+# fail MESSAGE: for knobs that cannot work.
+fail() {
+    printf '%s: error: %s\n' "$(basename "$0")" "$1" >&2
+    exit 1
+}
+
 # resolve PATH: relative paths of inputs start at the repository, or at the current folder where only that has the file.
 resolve() {
     case $1 in
@@ -24,7 +32,55 @@ resolve() {
     esac
 }
 
-# run_finetuning METHOD_FLAGS... -- EXTRA_ARGUMENTS...: everything that is printed also goes to OUTPUT_DIR/train.log.
+# find_deepspeed_config NAME: a name in finetune_chatmodel_demo/configs (ds_zero3), or a path of a file.
+find_deepspeed_config() {
+    local folder=$REPOSITORY/finetune_chatmodel_demo/configs
+    if [[ $1 != */* && $1 != *.json ]]; then
+        [[ ! -d $folder || -e $folder/$1.json ]] || fail "DEEPSPEED_CONFIG=$1: there is no $folder/$1.json, only $(
+            cd "$folder" && echo ds_*.json
+        ); give one of these names, or a path"
+        printf '%s\n' "$folder/$1.json"
+    else
+        resolve "$1"
+    fi
+}
+
+# choose_launcher: fills the array `launcher`. One node: NUM_GPUS processes. Several: the same script on each of them
+# with the same knobs, but for NODE_RANK.
+choose_launcher() {
+    local nodes=${NNODES:-1} rank=${NODE_RANK:-}
+    if ((nodes > 1)); then
+        [[ ${MASTER_ADDR:-} ]] || fail "NNODES=$nodes needs MASTER_ADDR, the address of the node with NODE_RANK=0"
+        [[ $rank ]] || fail "NNODES=$nodes needs NODE_RANK, 0 to $((nodes - 1)), another one on each node"
+        ((rank < nodes)) || fail "NODE_RANK=$rank: with NNODES=$nodes it is 0 to $((nodes - 1))"
+        [[ $GIVEN_OUTPUT_DIR ]] || fail "NNODES=$nodes needs OUTPUT_DIR, one folder that all nodes see"
+        launcher=(torchrun --nnodes="$nodes" --node_rank="$rank" --master_addr="$MASTER_ADDR"
+            --master_port="${MASTER_PORT:-29500}" --nproc_per_node="$NUM_GPUS")
+    elif ((NUM_GPUS > 1)) || [[ ${NEEDS_TORCHRUN:-} ]]; then
+        if [[ ${MASTER_PORT:-} ]]; then
+            launcher=(torchrun --nnodes=1 --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="$MASTER_PORT")
+        else
+            launcher=(torchrun --standalone --nnodes=1) # finds a free port
+        fi
+        launcher+=(--nproc_per_node="$NUM_GPUS")
+    else
+        launcher=("${PYTHON:-python}")
+    fi
+}
+
+# say_how_to_continue STATUS FOLDER: after a run that ended early and left a checkpoint.
+say_how_to_continue() {
+    local newest
+    newest=$(cd "$2" && ls -d checkpoint-* 2>/dev/null | sort -t- -k2n | tail -n 1 || true)
+    if [[ $newest ]]; then
+        printf '%s: the run ended early (status %s; the first error above is the reason). The same command with ' \
+            "$(basename "$0")" "$1"
+        printf 'OUTPUT_DIR=%q continues from %s.\n' "$2" "$newest"
+    fi
+}
+
+# run_finetuning METHOD_FLAGS... -- EXTRA_ARGUMENTS...: everything that is printed also goes to OUTPUT_DIR/train.log
+# (node 1 of several: train-node1.log).
 # Extra arguments come last, so that they override the knobs.
 run_finetuning() {
     local -a method_flags=() launcher command
@@ -36,16 +92,7 @@ run_finetuning() {
     local output_dir=$OUTPUT_DIR
     [[ $output_dir == /* ]] || output_dir=$REPOSITORY/$output_dir
 
-    if ((NUM_GPUS > 1)) || [[ ${NEEDS_TORCHRUN:-} ]]; then
-        if [[ ${MASTER_PORT:-} ]]; then
-            launcher=(torchrun --nnodes=1 --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="$MASTER_PORT")
-        else
-            launcher=(torchrun --standalone --nnodes=1) # finds a free port
-        fi
-        launcher+=(--nproc_per_node="$NUM_GPUS")
-    else
-        launcher=("${PYTHON:-python}")
-    fi
+    choose_launcher
 
     command=("${launcher[@]}" "$REPOSITORY/finetune_chatmodel_demo/finetune.py"
         --train_file "$(resolve "$DATASET_PATH")"
@@ -65,10 +112,14 @@ run_finetuning() {
     fi
 
     mkdir -p "$output_dir"
+    local log=train.log status=0
+    ((${NNODES:-1} == 1 || NODE_RANK == 0)) || log=train-node$NODE_RANK.log
     export PYTHONUNBUFFERED=1
     {
         printf '%q ' "${command[@]}" "$@"
         printf '\n'
-        "${command[@]}" "$@"
-    } 2>&1 | tee -a "$output_dir/train.log"
+        "${command[@]}" "$@" || status=$?
+        ((status == 0)) || say_how_to_continue "$status" "$output_dir"
+        exit "$status"
+    } 2>&1 | tee -a "$output_dir/$log"
 }

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# All parameters on prompts and responses, with DeepSpeed ZeRO-2 (default: the AdvertiseGen data set).
+# All parameters on prompts and responses, with DeepSpeed (default: the AdvertiseGen data set).
 # Every knob is an environment variable; further arguments go to finetune.py and override the knobs:
 #   LR=5e-5 OUTPUT_DIR=output/mine scripts/finetune_ds.sh --seed 1
 # OUTPUT_DIR of a run that was interrupted continues it.
+# DEEPSPEED_CONFIG: ds_zero2 (default), ds_zero2_offload, ds_zero3, ds_zero3_offload, or a file of yours.
+# Several nodes: the same command on each, with NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT and one shared OUTPUT_DIR.
 
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -21,7 +23,7 @@ OUTPUT_DIR=${OUTPUT_DIR:-output/$RUN_NAME-$(date +%Y%m%d-%H%M%S)-$LR}
 
 # DeepSpeed wants its processes started by torchrun, even a single one.
 NEEDS_TORCHRUN=yes
-DEEPSPEED_CONFIG=${DEEPSPEED_CONFIG:-finetune_chatmodel_demo/configs/ds_zero2.json}
+DEEPSPEED_CONFIG=$(find_deepspeed_config "${DEEPSPEED_CONFIG:-ds_zero2}")
 
 run_finetuning --train_format input-output --max_source_length "$MAX_SOURCE_LEN" --max_target_length "$MAX_TARGET_LEN" \
-    --deepspeed "$(resolve "$DEEPSPEED_CONFIG")" -- "$@"
+    --deepspeed "$DEEPSPEED_CONFIG" -- "$@"

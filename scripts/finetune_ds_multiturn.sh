@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# All parameters on multi-turn conversations, with DeepSpeed ZeRO-2 (default: the ToolAlpaca data set).
+# All parameters on multi-turn conversations, with DeepSpeed (default: the ToolAlpaca data set).
 # Every knob is an environment variable; further arguments go to finetune.py and override the knobs:
 #   LR=5e-5 OUTPUT_DIR=output/mine scripts/finetune_ds_multiturn.sh --seed 1
 # OUTPUT_DIR of a run that was interrupted continues it.
+# DEEPSPEED_CONFIG: ds_zero2 (default), ds_zero2_offload, ds_zero3, ds_zero3_offload, or a file of yours.
+# Several nodes: the same command on each, with NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT and one shared OUTPUT_DIR.
 
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -20,7 +22,7 @@ OUTPUT_DIR=${OUTPUT_DIR:-output/$RUN_NAME-$(date +%Y%m%d-%H%M%S)-$LR}
 
 # DeepSpeed wants its processes started by torchrun, even a single one.
 NEEDS_TORCHRUN=yes
-DEEPSPEED_CONFIG=${DEEPSPEED_CONFIG:-finetune_chatmodel_demo/configs/ds_zero2.json}
+DEEPSPEED_CONFIG=$(find_deepspeed_config "${DEEPSPEED_CONFIG:-ds_zero2}")
 
 run_finetuning --train_format multi-turn --max_seq_length "$MAX_SEQ_LEN" \
-    --deepspeed "$(resolve "$DEEPSPEED_CONFIG")" -- "$@"
+    --deepspeed "$DEEPSPEED_CONFIG" -- "$@"

@@ -180,6 +180,52 @@ def test_master_port_is_honoured(recorder):
     ]
 
 
+NODES = {"NNODES": 2, "NODE_RANK": 1, "MASTER_ADDR": "10.0.0.1", "OUTPUT_DIR": "output/shared"}
+
+
+@pytest.mark.parametrize("script", DEFAULTS)
+def test_several_nodes(recorder, script):
+    launcher, given = recorder.command(script, NUM_GPUS=8, **NODES)
+    start = ["torchrun", "--nnodes=2", "--node_rank=1", "--master_addr=10.0.0.1"]
+    assert launcher == [*start, "--master_port=29500", "--nproc_per_node=8"]
+    assert given["resume_from_checkpoint"] == "True"
+    assert (Path(given["output_dir"]) / "train-node1.log").is_file()
+    launcher, given = recorder.command(script, MASTER_PORT=29999, **NODES | {"NODE_RANK": 0}, NUM_GPUS=1)
+    assert launcher[2:] == ["--node_rank=0", *start[3:], "--master_port=29999", "--nproc_per_node=1"]
+    assert (Path(given["output_dir"]) / "train.log").is_file()
+
+
+@pytest.mark.parametrize(
+    "knobs, message",
+    [
+        ({"MASTER_ADDR": ""}, "NNODES=2 needs MASTER_ADDR, the address of the node with NODE_RANK=0"),
+        ({"NODE_RANK": ""}, "NNODES=2 needs NODE_RANK, 0 to 1"),
+        ({"NODE_RANK": 2}, "NODE_RANK=2: with NNODES=2 it is 0 to 1"),
+        ({"OUTPUT_DIR": ""}, "NNODES=2 needs OUTPUT_DIR, one folder that all nodes see"),
+    ],
+)
+def test_nodes_that_could_not_find_each_other(recorder, knobs, message):
+    completed = recorder.run("finetune_ds.sh", **NODES | knobs)
+    assert completed.returncode == 1
+    assert f"finetune_ds.sh: error: {message}" in completed.stderr
+    assert not (recorder.folder / "record.json").exists()
+
+
+@pytest.mark.parametrize("script", ["finetune_ds.sh", "finetune_ds_multiturn.sh"])
+def test_deepspeed_config_is_a_name_or_a_path(recorder, script, tmp_path):
+    configs = recorder.repository / "finetune_chatmodel_demo" / "configs"
+    shutil.copytree(DEMO / "configs", configs)
+    for name in ("ds_zero2", "ds_zero2_offload", "ds_zero3", "ds_zero3_offload"):
+        assert recorder.command(script, DEEPSPEED_CONFIG=name)[1]["deepspeed"] == str(configs / f"{name}.json")
+    path = f"finetune_chatmodel_demo/configs/{name}.json"
+    assert recorder.command(script, DEEPSPEED_CONFIG=path)[1]["deepspeed"] == str(recorder.repository / path)
+    (tmp_path / "mine.json").touch()
+    assert recorder.command(script, DEEPSPEED_CONFIG="mine.json")[1]["deepspeed"] == str(tmp_path / "mine.json")
+    completed = recorder.run(script, DEEPSPEED_CONFIG="ds_zero4")
+    assert completed.returncode == 1
+    assert "DEEPSPEED_CONFIG=ds_zero4: there is no" in completed.stderr and "ds_zero3.json" in completed.stderr
+
+
 def test_relative_paths_start_at_the_repository(recorder, tmp_path):
     elsewhere = tmp_path / "else where"
     elsewhere.mkdir()
@@ -198,6 +244,17 @@ def test_a_failed_run_fails_through_the_log(recorder):
     completed = recorder.run("finetune_pt.sh", FAKE_STATUS=3)
     assert completed.returncode == 3
     assert "fake training" in completed.stdout
+    assert "ended early" not in completed.stdout
+
+
+def test_a_run_that_ended_early_says_how_it_continues(recorder):
+    output = recorder.repository / "output" / "mine"
+    for step in (2, 10, 9):
+        (output / f"checkpoint-{step}").mkdir(parents=True)
+    completed = recorder.run("finetune_ds.sh", FAKE_STATUS=3, OUTPUT_DIR="output/mine")
+    assert completed.returncode == 3
+    message = f"The same command with OUTPUT_DIR={output} continues from checkpoint-10."
+    assert message in completed.stdout and message in (output / "train.log").read_text()
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in (REPOSITORY / "scripts").glob("finetune_*.sh")))
