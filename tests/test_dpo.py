@@ -1,5 +1,6 @@
 """DPO: losses, rewards and gradients against plain formulas, the reference model, what each method trains and saves."""
 
+import json
 import math
 
 import pytest
@@ -170,6 +171,20 @@ def test_evaluation_is_a_mean_over_pairs_whatever_the_batch(model, data, tmp_pat
     assert not trainer._metrics["eval"]  # or the next entry of the log would hold TRL's means over batches
 
 
+def test_logits_of_all_positions_are_never_there(model, data, tmp_path):
+    """(2B, T, 65,024) numbers would be most of a step's memory; TRL computes them in chunks, from the weights."""
+
+    def refuse(*_):
+        raise AssertionError("all logits are computed")
+
+    for options in (METHODS["lora"], METHODS["full"]):
+        trainer = build_trainer(model, data, tmp_path / "o", stage="dpo", **options)
+        trainer.model.get_output_embeddings().register_forward_pre_hook(refuse)
+        trainer.compute_loss(trainer.model.train(), batch_of(trainer)).backward()
+        with pytest.raises(AssertionError, match="all logits"):
+            trainer.model(input_ids=PROBE)
+
+
 @pytest.mark.parametrize("method", ["lora", "freeze", "full"])
 def test_the_first_loss_is_log_2(method, model, data, tmp_path):
     options = METHODS[method] | ({"lora_dropout": 0.5} if method == "lora" else {})
@@ -314,8 +329,10 @@ def test_only_what_is_trained_changes_and_it_loads_to_the_same_logits(method, mo
     names = {path.relative_to(tmp_path / "o").as_posix() for path in (tmp_path / "o").rglob("*")}
     assert not [name for name in names if "/ref" in f"/{name}" or name.endswith(("README.md", ".arrow"))]
     if method in FILES:
-        assert "config.json" not in names or method == "ptuning"
-        assert not any(name.endswith("model.safetensors") and "adapter" not in name for name in names)
+        assert not any(name.endswith("/model.safetensors") for name in [f"/{name}" for name in names])
+    else:
+        first, second = (json.loads((folder / "config.json").read_text()) for folder in (model, tmp_path / "o"))
+        assert second == first | {"prompt_format": "multi-turn"}
 
 
 def _refuse(*args, **kwargs):
