@@ -79,6 +79,12 @@ class DataArguments:
     preprocessing_num_workers: int | None = field(
         default=None, metadata={"help": "Processes that tokenize large files; default: this process alone."}
     )
+    tokenized_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder for the rows of data files; none: keep none; default: ~/.cache, for files over 32 MiB."
+        },
+    )
     truncation_strategy: Literal["turns", "official"] = field(
         default="turns",
         metadata={"help": "Rows that are too long: turns cuts where a reply ends, official at the limit."},

@@ -5,7 +5,6 @@ it), `PairDataset` for rm and dpo, `PromptDataset` for ppo. `stage_data` builds 
 one sft file. Look at the rows with `inspect_data.py`.
 """
 
-import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +13,14 @@ import numpy as np
 from tqdm import tqdm
 
 from finetune_chatmodel_demo.conversation.records import RecordError, RecordSource, read_records
+from finetune_chatmodel_demo.conversation.row_store import (
+    REPORT,
+    RowStore,
+    find_cache_folder,
+    keep_in_files,
+    keep_in_memory,
+    read_files,
+)
 from finetune_chatmodel_demo.conversation.rows import PARTS, RowSettings
 from finetune_chatmodel_demo.conversation.templates import IGNORED_LABEL, ChatTokenizer
 from finetune_chatmodel_demo.conversation.tokenizing import DatasetReport, RenderedChunk, render_chunks
@@ -41,23 +48,12 @@ class TokenRows:
 
     parts = 1
 
-    def __init__(self, records: RecordSource, chunks: Iterable[RenderedChunk]):
+    def __init__(self, records: RecordSource, store: RowStore):
         self._records = records
-        self.report = DatasetReport(str(records.path))
-        input_ids, is_target = array.array("i"), array.array("b")
-        lengths, origins = array.array("q"), array.array("q")
-        for chunk in chunks:
-            self.report.add(chunk.report)
-            input_ids.frombytes(chunk.input_ids.tobytes())
-            is_target.frombytes(chunk.is_target.tobytes())
-            lengths.frombytes(chunk.lengths.tobytes())
-            origins.frombytes(chunk.origins.tobytes())
-        self.report.rows_bad = records.bad_count
-        self._input_ids = np.frombuffer(input_ids, dtype=np.int32)
-        self._is_target = np.frombuffer(is_target, dtype=np.bool_)
+        self.report = store.report
+        self._input_ids, self._is_target, self._origins = store.input_ids, store.is_target, store.origins
         # Part p of row r is between offsets[r * parts + p] and the next one.
-        self._offsets = np.concatenate([[0], np.cumsum(np.frombuffer(lengths, dtype=np.int64))])
-        self._origins = np.frombuffer(origins, dtype=np.int64).reshape(-1, 2)
+        self._offsets = np.concatenate([[0], np.cumsum(store.lengths)])
 
     def __len__(self) -> int:
         return len(self._origins)
@@ -235,20 +231,37 @@ def build_rows(
     *,
     num_workers: int | None = None,
     show_progress: bool | None = None,
+    tokenized_cache: str | None = "none",
 ) -> Any:
     """Renders the records of one source into the kind of rows that the stage of `settings` has.
 
-    Arguments and errors are those of `build_dataset`.
+    Arguments and errors are those of `build_dataset`; `tokenized_cache`: see `find_cache_folder`.
     """
-    is_disabled = None if show_progress is None else not show_progress
-    name = Path(records.path).name
-    with tqdm(desc=f"Tokenizing {name}", unit=" rows", disable=is_disabled) as bar:
-        chunks = render_chunks(records, tokenizer, settings, num_workers or 1)
-        dataset = DATASETS[settings.stage](records, _count_progress(chunks, bar))
+    folder = find_cache_folder(tokenized_cache, records, tokenizer, settings)
+    if folder is not None and (folder / REPORT).is_file():
+        store = read_files(folder)
+        records.bad_count, records.bad_messages = store.report.rows_bad, store.bad_messages
+    else:
+        store = _render(records, tokenizer, settings, num_workers or 1, show_progress, folder)
+    dataset = DATASETS[settings.stage](records, store)
     if not len(dataset):
         reason = NO_ROW[settings.stage].format(dataset.report.rows_read)
         raise RecordError(f"no row of {records.path} {reason}")
     return dataset
+
+
+def _render(
+    records: RecordSource,
+    tokenizer: ChatTokenizer,
+    settings: RowSettings,
+    num_workers: int,
+    show_progress: bool | None,
+    folder: Path | None,
+) -> RowStore:
+    is_disabled = None if show_progress is None else not show_progress
+    with tqdm(desc=f"Tokenizing {Path(records.path).name}", unit=" rows", disable=is_disabled) as bar:
+        chunks = _count_progress(render_chunks(records, tokenizer, settings, num_workers), bar)
+        return keep_in_memory(records, chunks) if folder is None else keep_in_files(records, chunks, folder)
 
 
 def _count_progress(chunks: Iterable[RenderedChunk], bar: tqdm) -> Iterator[RenderedChunk]:

@@ -166,6 +166,10 @@ class RecordFile(RecordSource):
         record = f"record {number} (line {line})" if self._json.is_array else f"line {line}"
         return f"{self.path} {record}"
 
+    def fingerprint(self) -> str:
+        """What the records follow from, beside the file's content."""
+        return f"{type(self).__name__} {self.kind} {self.on_bad_record}"
+
     def _read(self) -> Iterator[Located]:
         return self._json.values(REQUIRED_KEYS[self.kind])
 

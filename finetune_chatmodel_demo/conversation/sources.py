@@ -89,6 +89,10 @@ class DatasetSource(RecordSource):
         """Names the place of a row."""
         return self.reader.where(number, line)
 
+    def fingerprint(self) -> str:
+        """What the records follow from, beside the file's content."""
+        return f"{type(self).__name__} {self.kind} {self.on_bad_record} {type(self.reader).__name__} {self.entry}"
+
     def _read(self) -> Iterator[Located]:
         return self.reader.rows()
 

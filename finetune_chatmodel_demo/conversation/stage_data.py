@@ -64,10 +64,22 @@ class FirstRecords:
         """Bad records that were skipped on the way."""
         return self._records.bad_count
 
+    @bad_count.setter
+    def bad_count(self, count: int) -> None:
+        self._records.bad_count = count
+
     @property
     def bad_messages(self) -> list[str]:
         """What was wrong with the first of them."""
         return self._records.bad_messages
+
+    @bad_messages.setter
+    def bad_messages(self, messages: list[str]) -> None:
+        self._records.bad_messages = messages
+
+    def fingerprint(self) -> str | None:
+        """What the records follow from, beside the file's content."""
+        return f"{self._count} of {self._records.fingerprint()}" if hasattr(self._records, "fingerprint") else None
 
     def iterate_located(self) -> Iterator[Located]:
         """The records, each with its number and line."""
@@ -113,7 +125,11 @@ def build_stage_data(
     probabilities = parse_probabilities(data.interleave_probs, len(train_sources), data.mix_strategy)
     if not needs_train and not data.val_size:
         train_sources, validation_sources = [], validation_sources or train_sources
-    options = {"num_workers": data.preprocessing_num_workers, "show_progress": show_progress}
+    options = {
+        "num_workers": data.preprocessing_num_workers,
+        "show_progress": show_progress,
+        "tokenized_cache": data.tokenized_cache,
+    }
     train_sets, validation_sets = (
         [build_rows(source.records, tokenizer, settings, **options) for source in sources]
         for sources in (train_sources, validation_sources)

@@ -32,6 +32,7 @@ from finetune_chatmodel_demo.training.run_logs import (
 from finetune_chatmodel_demo.training.run_trainer import RunTrainer
 from finetune_chatmodel_demo.training.settings import Settings
 from finetune_chatmodel_demo.training.stopping import RunStopped, StopOnSignal
+from finetune_chatmodel_demo.training.zero import take_up_other_processes
 
 SETTINGS_FILE = "settings.json"
 
@@ -87,9 +88,10 @@ def run_finetuning(settings: Settings) -> RunTrainer:
 
 
 def _read_data(settings: Settings, tokenizer: Any) -> StageData:
-    stage, seed = settings.stage.stage, settings.training.seed
+    stage, args = settings.stage.stage, settings.training
     try:
-        return build_stage_data(settings.data, stage, tokenizer, seed, needs_train=settings.does_train)
+        with args.main_process_first(desc="tokenizing"):  # the others read what it has kept (--tokenized_cache)
+            return build_stage_data(settings.data, stage, tokenizer, args.seed, needs_train=settings.does_train)
     except RecordError:
         raise
     except ValueError as error:
@@ -170,6 +172,9 @@ def _train(settings: Settings, trainer: RunTrainer) -> None:
         if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
             trainer._load_best_model()
         return
+    before = read_manifest(checkpoint).get("run", {}).get("processes", trainer.args.world_size)
+    if trainer.is_deepspeed_enabled and before != trainer.args.world_size:
+        take_up_other_processes(trainer, checkpoint, before)
     trainer.train(resume_from_checkpoint=str(checkpoint))
 
 
