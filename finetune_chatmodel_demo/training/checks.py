@@ -20,6 +20,7 @@ from finetune_chatmodel_demo.training.arguments import (
     SettingsError,
     StageArguments,
 )
+from finetune_chatmodel_demo.training.zero_config import read_stage
 
 if TYPE_CHECKING:
     from finetune_chatmodel_demo.training.settings import Settings
@@ -231,6 +232,34 @@ def _check_deepspeed(settings: "Settings") -> None:
         raise SettingsError(f"--deepspeed works with --stage pt and sft, not with {settings.stage.stage}; drop it")
     if importlib.util.find_spec("deepspeed") is None:
         raise SettingsError("--deepspeed needs the package deepspeed: pip install deepspeed")
+    if not trains(settings.given):
+        raise SettingsError("--deepspeed shares out what training needs, and this run does not train; drop it")
+    if read_stage(settings.given["deepspeed"]) == 3:
+        _check_zero3(settings)
+    elif settings.method in (P_TUNING, LORA):
+        settings.notices.append(
+            f"--deepspeed below ZeRO-3 shares out the optimizer's state, which is small with {settings.method_title}: "
+            "torchrun alone does the same"
+        )
+
+
+def _check_zero3(settings: "Settings") -> None:
+    """No process has a whole weight, but for the moment in which all of them compute with it."""
+    if settings.model.quantization_bit:
+        raise SettingsError(
+            "--quantization_bit with ZeRO-3: quantized weights cannot be shared out; use ds_zero2, or torchrun alone"
+        )
+    if settings.model.prefix_init_text:
+        raise SettingsError(
+            "--prefix_init_text with ZeRO-3: the text's keys and values are computed before the training, when no "
+            "process has whole weights; use ds_zero2, or torchrun alone"
+        )
+    for flag in ("do_predict", "eval_questions"):
+        if settings.given.get(flag):
+            raise SettingsError(
+                f"--{flag} with ZeRO-3: processes that write replies of different lengths would wait for each other's "
+                "weights forever; use ds_zero2, or ask the result without --deepspeed"
+            )
 
 
 def _check_unsupported(given: dict[str, object]) -> None:

@@ -6,6 +6,7 @@ are whole or not there.
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers.trainer_callback import ExportableState
 
 from finetune_chatmodel_demo.conversation.records import RecordError
 from finetune_chatmodel_demo.conversation.rendering import IGNORED_LABEL
-from finetune_chatmodel_demo.training.arguments import FULL, P_TUNING
+from finetune_chatmodel_demo.training.arguments import FULL, LORA, P_TUNING
 from finetune_chatmodel_demo.training.callbacks import (
     EpochOrder,
     Throughput,
@@ -37,6 +38,7 @@ from finetune_chatmodel_demo.training.methods import load_trained, save_trained
 from finetune_chatmodel_demo.training.plots import plot_curves
 from finetune_chatmodel_demo.training.sampling import FixedOrder, order_rows
 from finetune_chatmodel_demo.training.settings import Settings
+from finetune_chatmodel_demo.training.zero import gather_parameters, load_shared
 
 RESULT = "result"
 ADDED = ("row_index", "token_counts")  # by NumberedCollator
@@ -215,8 +217,18 @@ class RunTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As the library does it, without drawing from the random numbers of the training."""
-        with kept_random_state():
+        with kept_random_state(), self._without_engine():
             return super().evaluate(*args, **kwargs)
+
+    @contextmanager
+    def _without_engine(self) -> Iterator[None]:
+        """DeepSpeed makes no engine for an evaluation where the weights are whole: the model does without."""
+        needs_none = self.is_deepspeed_enabled and self.deepspeed is None and not self.has_shared_weights
+        self.is_deepspeed_enabled = self.is_deepspeed_enabled and not needs_none
+        try:
+            yield
+        finally:
+            self.is_deepspeed_enabled = self.is_deepspeed_enabled or needs_none
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As the library does it, without what `NumberedCollator` added."""
@@ -339,6 +351,7 @@ class RunTrainer(Trainer):
             "per_device_train_batch_size": args.per_device_train_batch_size,
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
             "processes": args.world_size,
+            "rows of a step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "seed": args.seed,
             "precision": self.settings.precision,
         }
@@ -346,8 +359,27 @@ class RunTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Does nothing: `workflow` loads the weights of a checkpoint in place of the base model's."""
 
+    # DeepSpeed. Without an engine no step was left to train; the weights are those of the checkpoint.
+
+    @property
+    def has_shared_weights(self) -> bool:
+        """Whether the weights are spread over the processes (ZeRO-3)."""
+        return self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the library does it, also where no engine was made; a prefix without the weights behind it."""
+        is_small = self.settings.method in (P_TUNING, LORA)
+        if not self.is_deepspeed_enabled or (self.deepspeed is not None and not (is_small and self.has_shared_weights)):
+            super().save_model(output_dir, _internal_call)
+            return
+        state = gather_parameters(self.model, only_trained=is_small) if self.has_shared_weights else None
+        self._save(output_dir, state)
+
     def _load_best_model(self) -> None:
-        if self.is_deepspeed_enabled and self.settings.method == FULL:
+        best = self.state.best_model_checkpoint
+        if self.has_shared_weights:
+            load_shared(self.model, self.settings, best)
+        elif self.is_deepspeed_enabled and self.deepspeed is not None and self.settings.method == FULL:
             super()._load_best_model()
         else:
-            load_trained(self.model, self.settings, self.state.best_model_checkpoint)
+            load_trained(self.model, self.settings, best)
