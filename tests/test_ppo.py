@@ -165,6 +165,14 @@ def test_replies_are_drawn_with_the_flags(model, files, tmp_path, monkeypatch):
     assert "leave out unlikely tokens" in " ".join(trainer.settings.notices)
 
 
+def test_a_new_prefix_is_noted(model, files, tmp_path):
+    changes = {"pre_seq_len": 4, "finetuning_type": "ptuning"}
+    for start, count in ((None, 1), ("你好", 0)):
+        argv = flags(model, files / "train.jsonl", tmp_path, **options(files, prefix_init_text=start, **changes))
+        notices = decide_settings(*parse_given(argv)).notices
+        assert len([notice for notice in notices if "behind a new random prefix" in notice]) == count
+
+
 def test_a_reply_ends_with_its_stop_token_or_at_the_limit(tokenizer):
     class Model:
         device = "cpu"
@@ -366,6 +374,21 @@ def test_a_rollout_can_only_be_continued_as_it_was_begun(model, files, tmp_path,
     assert "in the middle of a rollout, which can only be continued as it was begun: ppo_epochs was 2, is 3" in (
         capsys.readouterr().err
     )
+
+
+def test_weights_alone_are_not_resumed_from(model, files, tmp_path, capsys):
+    run(model, files, tmp_path / "o", max_steps=2, save_only_model=True)
+    argv = options(files, max_steps=4, resume_from_checkpoint=True)
+    assert train(model, files / "train.jsonl", tmp_path / "o", **argv) == 1
+    assert "checkpoint-2 has no ppo_state.pt (--save_only_model?)" in capsys.readouterr().err
+
+
+def test_checkpoints_and_validation_follow_epochs_of_prompts(model, files, tmp_path):
+    changes = {"max_steps": 6, "save_strategy": "epoch", "validation_file": files / "validation.jsonl"}
+    trainer = run(model, files, tmp_path / "o", **changes)
+    assert [path.name for path in checkpoints.list_checkpoints(tmp_path / "o")] == ["checkpoint-5"]
+    validated = [entry["step"] for entry in trainer.state.log_history if "eval_reward" in entry]
+    assert validated == [5, 6]  # after 10 prompts, and of the result
 
 
 def test_one_reply_accumulated_equals_one_batch(model, files, tmp_path):

@@ -73,7 +73,7 @@ def run(folder: Path, tiny_folder: Path, output: Path, **options: object):
 
 
 def train_policy(folder: Path, tiny_folder: Path, output: Path, **options: object):
-    """48 updates from 12 rollouts of 64 replies."""
+    """40 updates from 10 rollouts of 64 replies."""
     values = {
         "stage": "ppo",
         "finetuning_type": "lora",
@@ -87,7 +87,7 @@ def train_policy(folder: Path, tiny_folder: Path, output: Path, **options: objec
         "per_device_train_batch_size": 16,
         "gradient_accumulation_steps": 2,
         "per_device_eval_batch_size": 64,
-        "max_steps": 48,
+        "max_steps": 40,
         "logging_steps": 4,  # a rollout
         "save_strategy": "no",
         "eval_on_start": True,
@@ -157,8 +157,8 @@ def reward_model(folder, tiny_folder) -> Path:
         "validation_file": folder / "pairs_validation.jsonl",
         "learning_rate": 2e-3,
         "per_device_train_batch_size": 16,
-        "max_steps": 40,
-        "logging_steps": 20,
+        "max_steps": 25,
+        "logging_steps": 5,
         "save_strategy": "no",
     }
     trainer = run(folder, tiny_folder, folder / "rm", **options)

@@ -178,7 +178,8 @@ class RewardModel:
             hidden = inner.model(input_ids=rows.input_ids, use_cache=False).last_hidden_state
             last = rows.prompt_lengths + rows.reply_lengths - 1
             states = hidden[torch.arange(len(last), device=hidden.device), last]
-            scores.append(inner.score(states.to(inner.score.weight.dtype))[:, 0].float().cpu())
+            with torch.autocast(states.device.type, enabled=False):  # scores keep the head's precision
+                scores.append(inner.score(states.to(inner.score.weight.dtype))[:, 0].float().cpu())
         return torch.cat(scores)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import GenerationConfig
 
 from finetune_chatmodel_demo.generation.session import build_settings
-from finetune_chatmodel_demo.training.arguments import SettingsError
+from finetune_chatmodel_demo.training.arguments import P_TUNING, SettingsError
 from finetune_chatmodel_demo.training.stages.ppo_rewards import check_reward_function, check_reward_model
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def check_ppo_settings(settings: "Settings") -> None:
     _check_reward(settings)
     _check_sampling(settings)
     _check_unsupported(settings.given)
+    _note_new_prefix(settings)
     folder = settings.stage.ref_model
     if folder and not (Path(folder) / "config.json").is_file():
         raise SettingsError(f"--ref_model {folder} is not a folder with a config.json; give a whole model")
@@ -86,6 +87,15 @@ def _check_sampling(settings: "Settings") -> None:
         settings.notices.append(
             "--top_p and --top_k leave out unlikely tokens when replies are drawn, while ratio and KL are of the whole "
             "distribution; ppo's defaults, --top_p 1 --top_k 0, make the two agree"
+        )
+
+
+def _note_new_prefix(settings: "Settings") -> None:
+    model = settings.model
+    if settings.method == P_TUNING and not (model.ptuning_checkpoint or model.prefix_init_text):
+        settings.notices.append(
+            "behind a new random prefix a model talks nonsense, and PPO can only choose among what it says; start from "
+            "a trained prefix (--ptuning_checkpoint, a result of --stage sft) or from a text (--prefix_init_text)"
         )
 
 
