@@ -137,6 +137,7 @@ def check_settings(settings: "Settings") -> None:
     _check_evaluation(settings)
     _check_streaming(settings)
     _check_packing(settings)
+    _check_overfit_check(settings)
 
 
 def _check_method(settings: "Settings") -> None:
