@@ -34,6 +34,7 @@ EMPTY_PAIRS = frozenset(
 # The same one to twenty characters four times on end, or what no decoder should leave behind.
 LOOP = re.compile(r"(.{1,20}?)\1{3,}", re.DOTALL)
 LOOP_LENGTH = 12
+LATIN_WORD = re.compile(r"[a-z][a-z'’-]{2,}")
 BROKEN = re.compile(r"[\ufffd\x00-\x08\x0b\x0c\x0e-\x1f]|<\|\w+\|>")
 
 
@@ -122,9 +123,9 @@ def _wrong(reading: Reading, items: tuple[str, ...], reason: str, overlap: float
 
 def _check_items(field: Field, reading: Reading, truth: frozenset[str]) -> Verdict:
     """Numbers, lists and texts: the set of stated items against the set of true ones."""
-    stated = set(reading.stated)
+    stated = reading.stated | reading.unknown
     if field.kind == "text":
-        stated |= _credit_stem(field, reading, truth)
+        stated |= _stems(field, reading) | _made_up_names(field, reading)
     # A piece of a longer word earns nothing, but a second answer does not hide in one.
     extra = {item for item in stated | reading.embedded if item not in truth and (item in stated or len(item) > 1)}
     shared = truth & stated
@@ -150,16 +151,19 @@ def _check_items(field: Field, reading: Reading, truth: frozenset[str]) -> Verdi
     return Verdict("wrong", overlap, found, expected, reason)
 
 
-def _credit_stem(field: Field, reading: Reading, truth: frozenset[str]) -> set[str]:
-    """Where all values of a column end alike (…宝可梦, …色), the true one may be said without the ending."""
+def _stems(field: Field, reading: Reading) -> set[str]:
+    """Values said without the ending that all values of the column share (种子宝可梦 as 种子, 绿色 as 绿)."""
     ending = _shared_ending(field)
-    if len(truth) != 1 or not ending or reading.stated:
+    if not ending:
         return set()
-    (item,) = truth
-    stem = item.removesuffix(ending)
-    before = "(?:^|[是为叫作属于类:,。!\\s])"
-    behind = "(?:$|[,。!;的类色系\\s])"
-    return {item} if stem and re.search(before + re.escape(stem) + behind, reading.text) else set()
+    parts = re.split(r"[是为叫作属于类的色系或和与及、,。!;:/\s\0]+", reading.masked)
+    return {part + ending for part in parts if part + ending in field.vocabulary}
+
+
+def _made_up_names(field: Field, reading: Reading) -> set[str]:
+    """Words in Latin letters that the table does not know, in a column of such words (英文名)."""
+    latin = sum(item.isascii() for item in field.vocabulary)
+    return set(LATIN_WORD.findall(reading.masked)) if latin > 0.9 * len(field.vocabulary) else set()
 
 
 def _shared_ending(field: Field) -> str:

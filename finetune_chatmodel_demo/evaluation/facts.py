@@ -40,6 +40,11 @@ class FactTable:
     def lexicon(self) -> "Lexicon":
         return Lexicon(self)
 
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """What the columns are called, normalized."""
+        return tuple({normalize(label) for field in self.fields.values() for label in field.labels})
+
     def items(self, subject: str, column: str) -> tuple[str, ...]:
         """Normalized items of a subject's cell; none where the cell is empty."""
         return self.fields[column].items(self.cells[subject].get(column, ""))

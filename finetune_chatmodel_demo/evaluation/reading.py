@@ -25,6 +25,10 @@ COUNTED = re.compile(r"\s?(?:种|只|个|位|世代|代|项|条|名|类|步|句)
 HEADING_LINK = r"(?:种族值|属性|数值|值)?\s?(?:分别)?(?:是|为|:|=|有|包括|包含|写着|大约|约|达到|(?=\d))"
 # What stands before a heading that is about the subject: its name (blanked out), a pronoun, or a word that joins.
 HEADING_OWNER = re.compile(r"(?:(?:\0|[它他她该其]|宝可梦|家伙)的?|[和及与而且])$")
+# A made-up item behind (草、光) or before (光、草) a known one. What begins with a pronoun or the like is no item.
+JOIN = r"(?:、|/|或者|或是|或(?![者是])|以及|及|和|与)"
+JOINED_BEHIND = re.compile(rf"\s?{JOIN}\s?((?![它他她其这那还都也等两三四不没])[^\W\d_][^\W_]{{0,7}})")
+JOINED_BEFORE = re.compile(r"[是为有叫怕用:,。!\s]([^\W\d_是为有的]{1,6})(?:、|/|或者|或|和|与)$")
 CHINESE_DIGITS = "零一二三四五六七八九"
 CHINESE_NUMBER = re.compile(r"[零〇一二两三四五六七八九十百千万]+(?:点[零〇一二三四五六七八九]+)?")
 # Beside these a value still stands by itself, and so it does beside what is no Chinese letter, beside another known
@@ -54,6 +58,7 @@ class Reading:
         stated: items and numbers that it gives for the asked column.
         denied: those that it negates.
         embedded: items inside a longer word that the table does not know (大种子宝可梦).
+        unknown: what it lists beside known items, and nobody in the table has (草、毒、光).
         others: column → what it gives under that column's own heading.
         names_subject: it names the asked subject.
         other_subjects: subjects that it speaks about without being asked about them.
@@ -66,6 +71,7 @@ class Reading:
     stated: set[str] = field(default_factory=set)
     denied: set[str] = field(default_factory=set)
     embedded: set[str] = field(default_factory=set)
+    unknown: set[str] = field(default_factory=set)
     others: dict[str, set[str]] = field(default_factory=dict)
     names_subject: bool = False
     other_subjects: set[str] = field(default_factory=set)
@@ -127,9 +133,12 @@ class _Reader:
             item = owner.aliases.get(token.text, token.text)
             if heading and not is_negated:
                 self.reading.others.setdefault(heading, set()).add(item)
+            elif is_negated and not heading:
+                self.reading.denied.add(item)
             elif not heading:
                 stated = self.reading.stated if self._stands_alone(token, owner) else self.reading.embedded
-                (self.reading.denied if is_negated else stated).add(item)
+                stated.add(item)
+                self.reading.unknown.update(self._unknown_neighbours(token))
         elif token.subjects and self.subject not in token.subjects and not is_negated:
             self.reading.other_subjects.add(min(token.subjects))
 
@@ -147,6 +156,15 @@ class _Reader:
         is_left = not (is_cjk(left) and is_cjk(token.text[0])) or left in LEFT_NEIGHBOURS or left in owner.left
         is_right = not (is_cjk(right) and is_cjk(token.text[-1])) or right in RIGHT_NEIGHBOURS or right in owner.right
         return (is_left or token.start in self._token_ends) and (is_right or token.end in self._token_starts)
+
+    def _unknown_neighbours(self, token: Token) -> Iterator[str]:
+        """What is joined to a value by 、 or 和 and is no word of the table: another value, made up."""
+        behind = JOINED_BEHIND.match(self.masked, token.end)
+        if behind and behind.start(1) not in self._token_starts and not behind[1].startswith(self.table.labels):
+            yield behind[1]
+        before = JOINED_BEFORE.search(self.masked[: token.start])
+        if before and before.end(1) not in self._token_ends:
+            yield before[1]
 
     @cached_property
     def _token_starts(self) -> set[int]:
@@ -174,10 +192,9 @@ class _Reader:
 
     def _mask(self) -> str:
         """The text with every known word that is no label blanked out, so that nothing is read inside of it."""
-        labels = {normalize(label) for field in self.table.fields.values() for label in field.labels}
         characters = list(self.text)
         for token in self.tokens:
-            if token.text not in labels:
+            if token.text not in self.table.labels:
                 characters[token.start : token.end] = "\0" * (token.end - token.start)
         return "".join(characters)
 
@@ -219,7 +236,8 @@ def find_numbers(text: str, units: frozenset[str], measures: frozenset[str]) -> 
 
     Args:
         units: words that are a unit when they stand directly behind a number.
-        measures: what the table measures: Chinese numbers count only before a unit of one of these (零点七米).
+        measures: what the table measures: Chinese numbers count only before a unit of one of these (七十厘米), or with
+            a fraction (零点七).
     """
     for match in NUMBER.finditer(text):
         unit = _unit_behind(text, match.end(), units)
@@ -227,7 +245,7 @@ def find_numbers(text: str, units: frozenset[str], measures: frozenset[str]) -> 
             yield Number(match.start(), canonical(Decimal(match[0].replace(",", ""))), unit)
     for match in CHINESE_NUMBER.finditer(text):
         unit = _unit_behind(text, match.end(), units)
-        if unit and UNITS.get(unit, (unit, 1))[0] in measures:
+        if "点" in match[0] or (unit and UNITS.get(unit, (unit, 1))[0] in measures):
             yield Number(match.start(), canonical(read_chinese_number(match[0])), unit)
 
 
