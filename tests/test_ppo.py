@@ -302,7 +302,7 @@ def test_the_result_loads_with_equal_logits(finished, model):
 
 
 def test_the_log_has_the_figures_of_the_field(finished):
-    _, _, trainer = finished
+    method, _, trainer = finished
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [entry["step"] for entry in log] == [1, 2, 3, 4, 5]
     expected = {"loss", "policy_loss", "value_loss", "grad_norm", "learning_rate", "reward", "reward_std", "kl"}
@@ -310,6 +310,8 @@ def test_the_log_has_the_figures_of_the_field(finished):
     expected |= {"explained_variance", "reply_tokens", "hit_cap", "tokens_per_second", "epoch"}
     assert all(expected <= entry.keys() for entry in log)
     assert all(math.isfinite(value) for entry in log for value in entry.values())
+    rate = METHODS[method]["learning_rate"]
+    assert [entry["learning_rate"] / rate for entry in log] == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])  # linear
     # Two updates learn from each rollout; its figures stand in both entries.
     assert log[0]["reward"] == log[1]["reward"] != log[2]["reward"]
     assert [round(entry["epoch"], 6) for entry in log] == [0.2, 0.4, 0.6, 0.8, 1.0]  # of 10 prompts, 4 a rollout
@@ -389,6 +391,19 @@ def test_checkpoints_and_validation_follow_epochs_of_prompts(model, files, tmp_p
     assert [path.name for path in checkpoints.list_checkpoints(tmp_path / "o")] == ["checkpoint-5"]
     validated = [entry["step"] for entry in trainer.state.log_history if "eval_reward" in entry]
     assert validated == [5, 6]  # after 10 prompts, and of the result
+
+
+def test_gradients_are_clipped_and_the_value_head_has_its_own_rate(model, files, tmp_path, monkeypatch):
+    trainer = build_trainer(model, files, tmp_path / "o", monkeypatch, max_grad_norm=0.01, ppo_value_lr=0.5)
+    trainer.rollout = trainer._collect()
+    figures = trainer.updater.compute_gradients(trainer._replies_of_this_update())
+    trained = [value for value in trainer.policy.parameters() if value.requires_grad]
+    norm = torch.stack([value.grad.norm() for value in trained]).norm().item()
+    assert figures["grad_norm"] > 0.1
+    assert norm == pytest.approx(0.01, rel=1e-3)
+    *_, head = trainer.optimizer.param_groups
+    assert (head["initial_lr"], [tuple(value.shape) for value in head["params"]]) == (0.5, [(1, 32), (1,)])
+    assert {group["initial_lr"] for group in trainer.optimizer.param_groups[:-1]} == {1e-2}
 
 
 def test_one_reply_accumulated_equals_one_batch(model, files, tmp_path):
