@@ -1,37 +1,56 @@
-"""How much memory a run will need, from its settings alone: `plan_memory.py`, and one line at each run's start.
+"""How much memory a training step takes on each GPU, from its settings alone: what `plan_memory.py` adds up.
 
-Bytes are counted by hand from what autograd keeps; `tests/test_memory.py` compares them with what is allocated in
-steps of small models, and `tests/benchmarks/bench_gpu.py` with the peaks of a GPU. H: hidden size, F: inner size of the
-MLP, a: bytes of a number in the precision of the computation. A layer keeps, for each token,
+Bytes are counted by hand from what autograd keeps. `tests/test_memory.py` compares them with what is allocated in steps
+of small models and of the 6B model on fake tensors; `tests/benchmarks/bench_gpu.py` with the peaks of a GPU. H: hidden
+size, F: inner size of the MLP, a: bytes of a number in the precision of the computation, r: of the residual stream
+(float32 where autocast meets float32 weights). A layer keeps, for each token,
 
-    RMSNorms        8H: their input in float32, twice; with trained weights also the normed input
-    attention       query, output: 2aH; keys and values: 2a × groups × head_dim, or, behind a prefix, of all heads
+    RMSNorms        8H + 8: their input in float32, twice, and its scale; with trained weights also the normed input, 2rH
+    attention       query and output: 2a × heads × head_dim, and 4 × heads; keys and values: 2a × groups × head_dim, or,
+                    behind a prefix, of all heads (they are repeated); on a CPU the mask, a × (prefix + tokens)
     MLP             3aF: gate and up, and the activated gate
-    linear inputs   where the layer's weights or an adapter are trained
+    linear inputs   where the layer's weights or an adapter are trained: of q, k and v one, or three copies where
+                    autocast converts it for each; of the output projection, of the MLP, and of its last projection
 
-and with checkpointing its input alone (`full`), or the input in place of the MLP's inside (`mlp`).
+and with checkpointing its input alone (`full`), or the MLP's input in place of its inside (`mlp`). The peak is one of
+four moments: the loss (logits of a chunk), the backward pass at the last layer (all activations) or at the first (all
+gradients), and the optimizer's step.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
 from finetune_chatmodel_demo.chatglm3.modeling import LOSS_CHUNK
 from finetune_chatmodel_demo.chatglm3.recomputing import CheckpointingPolicy
 from finetune_chatmodel_demo.training.arguments import FREEZE, FULL, LORA, P_TUNING
+from finetune_chatmodel_demo.training.parameter_counts import count_parameters, count_prefix, linear_sizes
 
 GIB = 2**30
 # NF4 with double quantization: half a byte, an int8 scale for 64 numbers, a float32 for 256 scales (arXiv:2305.14314).
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-# Adam's two moments and a float32 master copy of half-precision weights.
+# Of a trained parameter: Adam's two moments in float32, and DeepSpeed's float32 copy of the weights.
 MOMENTS, MASTER = 8, 4
 # float32 log-probabilities, their gradient, and the logits or their gradient, for one chunk of the loss.
 LOSS_BYTES = 12
 # Not counted from anything: what a CUDA context and its libraries usually take.
 CUDA_CONTEXT = 0.6 * GIB
-# DeepSpeed's buckets, as in configs/ds_*.json: numbers that are gathered or reduced at a time.
-ZERO_BUCKETS = 2 * 5e8
+
+
+@dataclass(frozen=True)
+class Zero:
+    """What of a DeepSpeed configuration decides memory.
+
+    Attributes:
+        stage: 2 or 3.
+        offloads_optimizer, offloads_weights: to the host's memory.
+        buffer_bytes: of the buckets in which gradients are reduced and weights are gathered.
+    """
+
+    stage: Literal[1, 2, 3]
+    offloads_optimizer: bool = False
+    offloads_weights: bool = False
+    buffer_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -41,16 +60,19 @@ class RunShape:
     Attributes:
         config: of the base model.
         method: ptuning, lora, freeze or full.
-        rows, tokens: of one batch on one GPU: rows (groups with packing), tokens of the longest row.
+        rows, tokens: of one batch on one GPU, and of its longest row; with packing one row of all tokens.
         supervised: tokens of the batch whose logits are computed.
+        trained: trained parameters, see `parameter_counts`.
         number_bytes: 2 (bfloat16, float16) or 4 (float32) of the computation.
         quantization_bit: 4, 8 or None.
         policy: of gradient checkpointing.
-        pre_seq_len, prefix_projection: of the prefix.
-        trained: trained parameters (adapters and frozen layers: counted by the caller).
-        zero_stage: 0 (no DeepSpeed), 2 or 3.
-        offload: optimizer (and with ZeRO-3 the weights) in the host's memory.
-        gpus: processes that share what ZeRO partitions.
+        pre_seq_len: of the prefix.
+        segments: conversations of a packed row; 0: no packing.
+        active_layers: layers that the gradient passes, the last ones; None: all.
+        accumulates: whether gradients of an earlier batch are there during the forward pass.
+        optimizer_bytes: of the optimizer's state, for a trained parameter.
+        zero: DeepSpeed's settings, or None.
+        gpus: processes; they share what ZeRO partitions.
         is_cuda: on a CPU there is no CUDA context, and a prefix's mask is written out.
     """
 
@@ -64,201 +86,236 @@ class RunShape:
     quantization_bit: int | None = None
     policy: CheckpointingPolicy = "full"
     pre_seq_len: int = 0
-    zero_stage: Literal[0, 2, 3] = 0
-    offload: bool = False
+    segments: int = 0
+    active_layers: int | None = None
+    accumulates: bool = False
+    optimizer_bytes: float = MOMENTS
+    zero: Zero | None = None
     gpus: int = 1
     is_cuda: bool = True
+
+    @property
+    def trains_weights(self) -> bool:
+        """Whether layers themselves are trained, rather than something beside them."""
+        return self.method in (FREEZE, FULL)
+
+    @property
+    def has_autocast_weights(self) -> bool:
+        """Whether trained weights are float32 and are converted in the forward pass."""
+        return self.trains_weights and self.zero is None and self.number_bytes < 4
+
+    @property
+    def residual_bytes(self) -> int:
+        """Of a number in the residual stream: the embedding's, which only full training holds in float32."""
+        return 4 if self.has_autocast_weights and self.method == FULL else self.number_bytes
+
+    @property
+    def layers(self) -> int:
+        """Layers that keep activations."""
+        return self.config.num_layers if self.active_layers is None else self.active_layers
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of each part, on each GPU; `host` and `disk` are for the machine and for one checkpoint."""
+    """Bytes on each GPU: the parts of the peak, when it is, and the totals of the other moments."""
 
     parts: dict[str, float] = field(default_factory=dict)
-    host: float = 0.0
-    disk: float = 0.0
+    moment: str = ""
+    moments: dict[str, float] = field(default_factory=dict)
 
     @property
     def total(self) -> float:
         """Bytes on each GPU."""
         return sum(self.parts.values())
 
+    @property
+    def allocated(self) -> float:
+        """Bytes of tensors: what `torch.cuda.max_memory_allocated` counts."""
+        return self.total - self.parts.get("CUDA context", 0.0)
+
 
 def plan_memory(shape: RunShape) -> MemoryPlan:
     """The peak of a training step on each GPU, part by part."""
-    weights, trained = weight_bytes(shape), shape.trained
-    share = shape.gpus if shape.zero_stage else 1
-    if shape.zero_stage:
-        gradients, optimizer = 2 * trained / share, (MOMENTS + MASTER) * trained / share
-        if shape.zero_stage == 3:
-            weights = weights / share
-    else:
-        gradients, optimizer = 4 * trained, MOMENTS * trained
-    host = 0.0
-    if shape.offload:
-        host, optimizer = optimizer * share, 0.0
-        if shape.zero_stage == 3:
-            host, weights = host + weights * share, 0.0
-    parts = {
-        "weights": weights,
-        "prefix": prefix_bytes(shape),
-        "gradients": gradients,
-        "optimizer": optimizer,
-        **activation_parts(shape),
-        "DeepSpeed's buckets": 2 * ZERO_BUCKETS if shape.zero_stage else 0,
-        "CUDA context": CUDA_CONTEXT if shape.is_cuda else 0,
+    resident, gradients = _resident_parts(shape), gradient_bytes(shape)
+    before = gradients if shape.accumulates else 0.0
+    kept = shape.rows * shape.tokens * shape.layers * layer_bytes(shape, shape.policy) + outer_bytes(shape)
+    activations, layer = f"activations ({shape.policy})", _one_layer(shape)
+    copies, kept_copies = _weight_copies(shape)
+    head = 4.0 * shape.config.padded_vocab_size * shape.config.hidden_size if shape.method == FULL else 0.0
+    if shape.zero:
+        head = 0.0  # reduced and shared out at once
+    moments = {
+        "loss": {"gradients": before, activations: kept, "logits": loss_bytes(shape), "converted weights": copies},
+        "backward, last layer": {
+            "gradients": max(before, head),
+            activations: kept,
+            "one layer": layer,
+            "converted weights": kept_copies,
+        },
+        "backward, first layer": {
+            "gradients": max(before, gradients - _last_gradients(shape)),
+            activations: kept / shape.layers,
+            "one layer": layer,
+        },
+        # ZeRO converts its part of the gradients to float32.
+        "optimizer step": {"gradients": gradients * (3 if shape.zero else 1)},
     }
-    return MemoryPlan({name: size for name, size in parts.items() if size}, host, disk_bytes(shape))
+    totals = {name: sum({**resident, **parts}.values()) for name, parts in moments.items()}
+    moment = max(totals, key=lambda name: totals[name])
+    parts = {**resident, **moments[moment]}
+    return MemoryPlan({name: size for name, size in parts.items() if size}, moment, totals)
 
 
-def count_parameters(config: ChatGLM3Config) -> dict[str, int]:
-    """Parameters of a ChatGLM3: `linear` of all layers' matrices, `other` of biases and norms, `embeddings` (both)."""
-    queries, keys = config.num_attention_heads * config.kv_channels, config.multi_query_group_num * config.kv_channels
-    hidden, inner = config.hidden_size, config.ffn_hidden_size
-    linear = hidden * (queries + 2 * keys) + queries * hidden + 3 * hidden * inner
-    other = (queries + 2 * keys) * bool(config.add_qkv_bias) + 2 * hidden
+def _resident_parts(shape: RunShape) -> dict[str, float]:
+    """What is there all the time."""
+    weights = weight_bytes(shape)
+    optimizer = shape.optimizer_bytes * shape.trained
+    buffers = {}
+    if shape.zero:
+        optimizer = (optimizer + MASTER * shape.trained) / shape.gpus
+        weights = weights / shape.gpus if shape.zero.stage == 3 else weights
+        optimizer = 0.0 if shape.zero.offloads_optimizer else optimizer
+        weights = 0.0 if shape.zero.offloads_weights else weights
+        buffers = {"DeepSpeed's buckets": shape.zero.buffer_bytes}
+    elif shape.gpus > 1:
+        buffers = {"DDP's buckets": 4.0 * shape.trained}
+    tuned = {P_TUNING: "prefix", LORA: "adapter"}.get(shape.method, "")
     return {
-        "linear": config.num_layers * linear,
-        "other": config.num_layers * other + hidden,
-        "embeddings": 2 * config.padded_vocab_size * hidden,
+        "weights": weights,
+        tuned: tuned_bytes(shape),
+        "optimizer": optimizer,
+        **buffers,
+        "CUDA context": CUDA_CONTEXT if shape.is_cuda else 0.0,
     }
-
-
-def count_prefix(config: ChatGLM3Config, length: int, projection: bool) -> int:
-    """Trained parameters of a prefix."""
-    width = 2 * config.num_layers * config.multi_query_group_num * config.kv_channels
-    hidden = config.hidden_size
-    return length * width + ((width + 1) * hidden + (hidden + 1) * width if projection else 0)
-
-
-def count_adapter(config: ChatGLM3Config, rank: int, modules: list[str]) -> int:
-    """Trained parameters of a LoRA adapter."""
-    queries, keys = config.num_attention_heads * config.kv_channels, config.multi_query_group_num * config.kv_channels
-    hidden, inner = config.hidden_size, config.ffn_hidden_size
-    sizes = {
-        "q_proj": hidden + queries,
-        "k_proj": hidden + keys,
-        "v_proj": hidden + keys,
-        "o_proj": queries + hidden,
-        "gate_up_proj": hidden + 2 * inner,
-        "down_proj": inner + hidden,
-    }
-    return config.num_layers * rank * sum(sizes.get(name, 0) for name in modules)
 
 
 def weight_bytes(shape: RunShape) -> float:
-    """The base model's weights; trained ones outside of DeepSpeed are float32."""
-    count = count_parameters(shape.config)
-    half = shape.number_bytes
-    if shape.method == FULL and not shape.zero_stage:
-        # Autocast keeps a copy in the precision of the computation during a step.
-        return sum(count.values()) * (4 + (half if half < 4 else 0))
-    if shape.method == FREEZE and not shape.zero_stage:
-        return sum(count.values()) * half + shape.trained * (4 - half)
-    linear = {4: NF4_BYTES, 8: 1.0}.get(shape.quantization_bit or 0, half)
-    return count["linear"] * linear + (count["other"] + count["embeddings"]) * half
+    """The base model's weights, of all processes together; trained ones outside of DeepSpeed are float32.
+
+    bitsandbytes quantizes the matrices of the layers; embeddings, head, norms and biases stay as they are.
+    """
+    count, number = count_parameters(shape.config), shape.number_bytes
+    if shape.trains_weights and not shape.zero:
+        everything = sum(count.values())
+        return everything * number + shape.trained * (4 - number)
+    linear: float = {4: NF4_BYTES, 8: 1.0}.get(shape.quantization_bit or 0, number)
+    scales = 0.0
+    if shape.quantization_bit == 8:  # a float32 for each row of a matrix
+        scales = 4.0 * shape.config.num_layers * sum(outputs for _, outputs in linear_sizes(shape.config).values())
+    return count["linear"] * linear + scales + (count["other"] + count["embeddings"]) * number
 
 
-def prefix_bytes(shape: RunShape) -> float:
-    """What a prefix (or an adapter) adds: float32 parameters, and the prefix as the layers see it, with its gradient."""
-    if shape.method == LORA:
-        return 4.0 * shape.trained
-    if shape.method != P_TUNING:
+def tuned_bytes(shape: RunShape) -> float:
+    """What is trained beside the model, in float32; and the prefix as the layers see it, with its gradient."""
+    if shape.trains_weights:
         return 0.0
+    trained = 4.0 if shape.zero is None else 2.0
+    if shape.method == LORA:
+        return trained * shape.trained
     numbers = count_prefix(shape.config, shape.pre_seq_len, projection=False)
-    # float32 and converted; dropout's output and mask for each row; the gradient of each of them.
-    return 4.0 * shape.trained + numbers * (4 + shape.number_bytes + shape.rows * (2 * shape.number_bytes + 1))
+    # Converted; then, for each row, dropout's output and mask, and the gradient of one layer spread out, and of all.
+    rows, mask = max(shape.rows, shape.segments), 1 if shape.is_cuda else shape.number_bytes
+    return trained * shape.trained + numbers * (shape.number_bytes + rows * (2 * shape.number_bytes + mask))
 
 
-def activation_parts(shape: RunShape) -> dict[str, float]:
-    """What the forward pass keeps, and what the larger of loss and one recomputed layer needs beside it."""
-    tokens, layers = shape.rows * shape.tokens, shape.config.num_layers
-    inside, kept = layer_bytes(shape, "none"), layer_bytes(shape, shape.policy)
-    loss = LOSS_BYTES * min(shape.supervised, LOSS_CHUNK) * shape.config.padded_vocab_size
-    # While a layer goes backward: what of it is computed again, and the gradients of its widest tensors.
-    widest = 2 * (2 * shape.config.ffn_hidden_size) * shape.number_bytes
-    layer = tokens * ((inside - kept if shape.policy != "none" else 0) + widest)
-    return {
-        f"activations ({shape.policy})": tokens * layers * kept,
-        "loss or one layer": max(loss, layer),
-    }
+def gradient_bytes(shape: RunShape) -> float:
+    """Gradients at the end of a backward pass; DeepSpeed's have the precision of the computation."""
+    if shape.zero is None:
+        return 4.0 * shape.trained
+    return 0.0 if shape.zero.offloads_optimizer else 2.0 * shape.trained / shape.gpus
+
+
+def _last_gradients(shape: RunShape) -> float:
+    """Of the first layer that is trained, and of the embedding: they come last, where ZeRO does not share them out."""
+    if shape.zero or not shape.trains_weights:
+        return 0.0
+    layer = sum(inputs * outputs for inputs, outputs in linear_sizes(shape.config).values())
+    embedding = shape.config.padded_vocab_size * shape.config.hidden_size if shape.method == FULL else 0
+    return min(4.0 * (layer + embedding), 4.0 * shape.trained)
+
+
+def _weight_copies(shape: RunShape) -> tuple[float, float]:
+    """Trained float32 weights as autocast converts them: all until the end of the forward pass, then those kept."""
+    if not shape.has_autocast_weights:
+        return 0.0, 0.0
+    config = shape.config
+    sizes = {name: inputs * outputs for name, (inputs, outputs) in linear_sizes(config).items()}
+    head = config.padded_vocab_size * config.hidden_size if shape.method == FULL else 0
+    layers = shape.layers * sum(sizes.values())
+    kept = {"none": layers, "mlp": layers - shape.layers * sizes["gate_up_proj"], "full": 0}[shape.policy]
+    return float(shape.number_bytes * (layers + head)), float(shape.number_bytes * kept)
+
+
+def loss_bytes(shape: RunShape) -> float:
+    """Logits of a chunk with what the loss makes of them, the hidden states before them, and the head's gradient."""
+    config = shape.config
+    chunk = min(shape.supervised, LOSS_CHUNK)
+    hidden = shape.residual_bytes * config.hidden_size * (shape.supervised + shape.rows * shape.tokens)
+    logits = float(LOSS_BYTES * chunk * config.padded_vocab_size)
+    if shape.method == FULL:
+        head = config.padded_vocab_size * config.hidden_size
+        gradient = shape.number_bytes * (chunk * config.padded_vocab_size + head) + 4 * head * shape.has_autocast_weights
+        return hidden + max(logits, gradient)
+    return hidden + logits
+
+
+def _one_layer(shape: RunShape) -> float:
+    """What the backward pass of one layer needs beside what was kept: a second forward pass, and gradients."""
+    config, number = shape.config, shape.number_bytes
+    again = 0.0
+    if shape.policy != "none":
+        again = layer_bytes(shape, "none") - layer_bytes(shape, shape.policy)
+    # Where gate and up meet: the gradients of their product (in place of what trained weights kept) and of both; and
+    # of the residual stream.
+    wide = 2 if shape.trains_weights else 3
+    gradients = wide * number * config.ffn_hidden_size + 2 * shape.residual_bytes * config.hidden_size
+    largest = max(inputs * outputs for inputs, outputs in linear_sizes(config).values())
+    matrix = 0
+    if shape.trains_weights:
+        matrix = largest * (number + 4 * shape.has_autocast_weights)  # its gradient, and converted
+    elif shape.quantization_bit:
+        matrix = largest * number  # dequantized
+    return shape.rows * shape.tokens * (again + gradients) + matrix
+
+
+def outer_bytes(shape: RunShape) -> float:
+    """What is kept once: the last norm's input, its output where the norm is trained, and the rotations."""
+    config = shape.config
+    normed = shape.residual_bytes * config.hidden_size if shape.method == FULL else 0
+    rotations = shape.residual_bytes * config.kv_channels
+    return shape.rows * shape.tokens * (4 * config.hidden_size + 4 + normed) + shape.tokens * rotations
 
 
 def layer_bytes(shape: RunShape, policy: CheckpointingPolicy) -> float:
     """Bytes that one layer keeps for each token."""
-    config, a = shape.config, shape.number_bytes
-    hidden, inner = config.hidden_size, config.ffn_hidden_size
-    trains_weights = shape.method in (FREEZE, FULL)
-    has_autocast_weights = shape.method == FULL and not shape.zero_stage and a < 4
-    residual = 4 if has_autocast_weights else a  # float32 weights make a float32 residual stream
+    config, a, residual = shape.config, shape.number_bytes, shape.residual_bytes
+    hidden, inner, heads = config.hidden_size, config.ffn_hidden_size, config.num_attention_heads
     if policy == "full":
         return residual * hidden
-    norms = 8 * hidden + (2 * residual * hidden if trains_weights else 0)
-    heads = 2 * a * config.num_attention_heads * config.kv_channels + 4 * config.num_attention_heads
-    keys = 2 * a * config.multi_query_group_num * config.kv_channels
-    if shape.method == P_TUNING:
-        positions = (shape.pre_seq_len + shape.tokens) / shape.tokens
-        keys = 2 * a * config.num_attention_heads * config.kv_channels * positions
-        if not shape.is_cuda:
-            keys += a * (shape.pre_seq_len + shape.tokens)  # the mask
-    inputs = down = 0
-    if trains_weights or shape.method == LORA:
-        # Of q, k and v one input, or three copies where float32 parameters meet a half-precision computation.
-        copies = 3 if a < 4 and (has_autocast_weights or shape.method == LORA) else 1
-        inputs, down = (copies + 2) * a * hidden, a * inner
-    mlp = 3 * a * inner
-    if policy == "mlp":
-        # The input of the MLP, which trained weights keep in any case, instead of its inside.
-        mlp = 0 if inputs else a * hidden
-    return norms + heads + keys + inputs + down + mlp
+    norms = 8 * hidden + 8 + (2 * residual * hidden if shape.trains_weights else 0)
+    attention = 2 * a * heads * config.kv_channels + 4 * heads + _key_bytes(shape)
+    qkv = other = down = 0
+    if shape.trains_weights or shape.method == LORA:
+        copies = 3 if a < 4 and (shape.has_autocast_weights or shape.method == LORA) else 1
+        qkv, other, down = copies * a * hidden, a * hidden, a * inner
+    if policy == "none":
+        return norms + attention + qkv + 2 * other + down + 3 * a * inner
+    # The MLP's input as the norm gives it: float32 where its weights are.
+    mlp_input = (4 if shape.has_autocast_weights else a) * hidden
+    return norms + attention + qkv + other + down + mlp_input
 
 
-def disk_bytes(shape: RunShape) -> float:
-    """One checkpoint: what is trained (a prefix in two forms, a whole model) and the optimizer's state."""
-    if shape.method == P_TUNING:
-        return (2 * 4 + MOMENTS) * shape.trained
-    if shape.method == LORA:
-        return (4 + MOMENTS) * shape.trained
-    bytes_each = 4 if shape.method == FULL and not shape.zero_stage else shape.number_bytes
-    state = MOMENTS + (MASTER if shape.zero_stage else 0)
-    return bytes_each * sum(count_parameters(shape.config).values()) + state * shape.trained
-
-
-def find_remedies(shape: RunShape, limit: float) -> list[tuple[str, MemoryPlan]]:
-    """What to change, one after the other, until a run fits; empty: it fits, or nothing helps.
-
-    Args:
-        shape: the run.
-        limit: bytes of one GPU.
-
-    Returns:
-        Flag → the plan with it and those before it.
-    """
-    changes: list[tuple[str, Callable[[RunShape], RunShape]]] = [
-        ("--gradient_checkpointing full", lambda s: replace(s, policy="full")),
-        (
-            "--per_device_train_batch_size 1, and --gradient_accumulation_steps larger by as much",
-            lambda s: replace(s, rows=1, supervised=-(-s.supervised // s.rows)),
-        ),
-    ]
-    if shape.method in (P_TUNING, LORA):
-        changes.append(("--quantization_bit 4", lambda s: replace(s, quantization_bit=4)))
-    else:
-        changes.append(("--deepspeed …/configs/ds_zero3.json", lambda s: replace(s, zero_stage=3)))
-        changes.append(
-            ("--deepspeed …/configs/ds_zero3_offload.json", lambda s: replace(s, zero_stage=3, offload=True))
-        )
-    changes.append((f"--max_seq_length {shape.tokens // 2}", _halve))
-    found: list[tuple[str, MemoryPlan]] = []
-    for flag, change in changes:
-        if plan_memory(shape).total <= limit:
-            break
-        changed = change(shape)
-        if plan_memory(changed).total < plan_memory(shape).total:
-            shape = changed
-            found.append((flag, plan_memory(shape)))
-    return found if found and found[-1][1].total <= limit else []
-
-
-def _halve(shape: RunShape) -> RunShape:
-    return replace(shape, tokens=max(1, shape.tokens // 2), supervised=max(1, shape.supervised // 2))
+def _key_bytes(shape: RunShape) -> float:
+    """Keys and values that a layer keeps, for each token, and on a CPU the mask."""
+    config, a = shape.config, shape.number_bytes
+    tokens = shape.rows * shape.tokens
+    of_groups = 2 * a * config.multi_query_group_num * config.kv_channels
+    of_heads = 2 * a * config.num_attention_heads * config.kv_channels
+    behind = shape.pre_seq_len * max(shape.rows, shape.segments) / tokens  # prefix positions for each token
+    if shape.segments:  # FlexAttention takes groups; elsewhere each conversation is computed by itself
+        mask = 0 if shape.is_cuda or not shape.pre_seq_len else a * (shape.pre_seq_len + tokens / shape.segments)
+        return (of_groups if shape.is_cuda else of_heads) * (1 + behind) + mask
+    if shape.method != P_TUNING:
+        return of_groups
+    mask = 0 if shape.is_cuda else a * (shape.pre_seq_len + shape.tokens) / shape.rows
+    return of_heads * (1 + behind) + mask
