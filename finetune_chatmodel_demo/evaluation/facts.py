@@ -41,9 +41,20 @@ class FactTable:
         return Lexicon(self)
 
     @cached_property
-    def labels(self) -> tuple[str, ...]:
-        """What the columns are called, normalized."""
-        return tuple({normalize(label) for field in self.fields.values() for label in field.labels})
+    def labels(self) -> dict[str, str]:
+        """What a column is called, normalized → the column; of two with one label, the first."""
+        pairs = [(normalize(label), field.column) for field in self.fields.values() for label in field.labels]
+        return dict(reversed(pairs))
+
+    @cached_property
+    def naming_columns(self) -> frozenset[str]:
+        """Columns whose values are names of subjects (进化自)."""
+        kinds = ("list", "text")
+        return frozenset(
+            column
+            for column, field in self.fields.items()
+            if field.kind in kinds and any(item in self.names for item in field.vocabulary)
+        )
 
     def items(self, subject: str, column: str) -> tuple[str, ...]:
         """Normalized items of a subject's cell; none where the cell is empty."""

@@ -144,7 +144,7 @@ class _Reader:
 
     def _is_value(self, token: Token, owner: Field) -> bool:
         """Is the word a value of this column? Where values are names (进化自), every name but the subject's own is."""
-        names_subjects = owner.kind in ("list", "text") and not owner.vocabulary.isdisjoint(self.table.names)
+        names_subjects = owner.column in self.table.naming_columns
         if names_subjects and self.subject in token.subjects:
             return token.text in self.expected
         return owner.column in token.columns or (names_subjects and bool(token.subjects))
@@ -160,7 +160,7 @@ class _Reader:
     def _unknown_neighbours(self, token: Token) -> Iterator[str]:
         """What is joined to a value by 、 or 和 and is no word of the table: another value, made up."""
         behind = JOINED_BEHIND.match(self.masked, token.end)
-        if behind and behind.start(1) not in self._token_starts and not behind[1].startswith(self.table.labels):
+        if behind and behind.start(1) not in self._token_starts and not behind[1].startswith(tuple(self.table.labels)):
             yield behind[1]
         before = JOINED_BEFORE.search(self.masked[: token.start])
         if before and before.end(1) not in self._token_ends:
@@ -203,8 +203,7 @@ class _Reader:
 
         The asked column's own heading gives None. 它的属性是 is a heading, and 它害怕的属性是 is none.
         """
-        fields = reversed(self.table.fields.values())
-        owners = {normalize(label): field.column for field in fields for label in field.labels}
+        owners = self.table.labels
         words = "|".join(re.escape(label) for label in sorted(owners, key=len, reverse=True))
         found = [m for m in re.finditer(rf"({words}){HEADING_LINK}", self.masked) if self._begins_word(m.start())]
         for i, match in enumerate(found):
