@@ -86,13 +86,21 @@ def load_shared(model: nn.Module, settings: "Settings", folder: str | Path) -> N
             parameter.data.copy_(source[name].data)
 
 
-class _ForgetUniversal(TrainerCallback):
-    """Removes the converted checkpoint as soon as all processes have read it."""
+class _FinishUniversal(TrainerCallback):
+    """Removes the converted checkpoint as soon as all processes have read it, and corrects what they read.
+
+    DeepSpeed 0.19 gives all groups of parameters one and the same counter of steps, which then counts each step once
+    for each group, and Adam's bias correction with it.
+    """
 
     def __init__(self, trainer: "RunTrainer", checkpoint: Path) -> None:
         self.trainer, self.checkpoint = trainer, checkpoint
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        optimizer = self.trainer.deepspeed.optimizer.optimizer
+        for values in optimizer.state.values():
+            if torch.is_tensor(values.get("step")):
+                values["step"] = values["step"].clone()
         self.trainer.accelerator.wait_for_everyone()
         if args.should_save:
             _remove_universal(self.checkpoint)
@@ -128,7 +136,7 @@ def take_up_other_processes(trainer: "RunTrainer", checkpoint: Path, before: int
     plugin = trainer.accelerator.state.deepspeed_plugin
     for config in (plugin.hf_ds_config.config, plugin.deepspeed_config):
         config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
-    trainer.add_callback(_ForgetUniversal(trainer, checkpoint))
+    trainer.add_callback(_FinishUniversal(trainer, checkpoint))
 
 
 def _convert(checkpoint: Path, before: int) -> None:
