@@ -1,0 +1,45 @@
+"""compare_methods.py: it runs, its recipes are what they say, and the figures that are quoted are in its report."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent / "benchmarks"
+REPORT = BENCHMARKS / "results" / "compare_methods.json"
+
+sys.path.insert(0, str(BENCHMARKS))
+
+
+@pytest.mark.slow
+def test_a_quick_comparison(tmp_path, capsys):
+    import compare_methods
+
+    output = tmp_path / "report.json"
+    flags = ["--quick", "--threads", "1", "--methods", "prefix,lora", "--no_probes", "--output", str(output)]
+    report = compare_methods.main(flags)
+    assert json.loads(output.read_text(encoding="utf-8")) == report == json.loads(capsys.readouterr().out)
+    assert [candidate["name"] for candidate in report["candidates"]] == ["base", "prefix", "lora"]
+    assert [candidate["kind"] for candidate in report["candidates"]] == ["base", "prefix", "adapter"]
+    assert [recipe["steps"] for recipe in report["recipes"]] == [2, 2]
+    assert {"trained phrasings", "unseen phrasings", "held out, unseen phrasings", "multi-turn"} <= set(
+        report["candidates"][0]["groups"]
+    )
+    assert len(report["comparisons"]) == 3
+    assert (tmp_path / "report.md").read_text(encoding="utf-8").startswith("# Evaluation")
+
+
+def test_the_prefix_is_trained_as_in_the_quickstart():
+    import compare_methods
+
+    recipe = compare_methods.RECIPES[0]
+    script = (BENCHMARKS.parents[1] / "scripts" / "quickstart.sh").read_text(encoding="utf-8")
+    for knob, value in {
+        "LR": recipe.learning_rate,
+        "MAX_STEP": recipe.steps,
+        "DEV_BATCH_SIZE": recipe.batch,
+        "PRE_SEQ_LEN": dict(recipe.flags)["pre_seq_len"],
+        "INIT_STD": dict(recipe.flags)["prefix_init_std"],
+    }.items():
+        assert f"{knob}=${{{knob}:-{value}}}" in script
