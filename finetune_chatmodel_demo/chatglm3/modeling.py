@@ -53,6 +53,16 @@ class ChatGLM3PreTrainedModel(GlmPreTrainedModel):
         if not (enable and self.base_model.recomputes_mlp_only):
             super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
+    def enable_input_require_grads(self) -> None:
+        """Does nothing: only checkpointing with re-entry needs gradients of the embeddings.
+
+        With them, the backward pass would run through all the frozen layers below those that --finetuning_type freeze
+        trains, and keep their activations.
+        """
+
+    def disable_input_require_grads(self) -> None:
+        """Does nothing; see `enable_input_require_grads`."""
+
     def save_pretrained(self, save_directory: Any, *args: Any, state_dict: dict | None = None, **kwargs: Any) -> None:
         """Writes the official layout, with the rotary frequencies that the original code keeps among the weights."""
         # transformers would reuse the renamings that loading needed, which lack those of a new prefix or head.

@@ -310,7 +310,9 @@ def _key_bytes(shape: RunShape) -> float:
     config, a = shape.config, shape.number_bytes
     tokens = shape.rows * shape.tokens
     of_groups = 2 * a * config.multi_query_group_num * config.kv_channels
-    of_heads = 2 * a * config.num_attention_heads * config.kv_channels
+    # The heads of one group alone need no copies of its keys.
+    heads = config.num_attention_heads if config.multi_query_group_num > 1 else 1
+    of_heads = 2 * a * heads * config.kv_channels
     behind = shape.pre_seq_len * max(shape.rows, shape.segments) / tokens  # prefix positions for each token
     if shape.segments:  # FlexAttention takes groups; elsewhere each conversation is computed by itself
         mask = 0 if shape.is_cuda or not shape.pre_seq_len else a * (shape.pre_seq_len + tokens / shape.segments)
