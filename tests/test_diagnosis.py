@@ -272,7 +272,7 @@ def test_batches_with_next_to_nothing_supervised(make_settings):
 
 
 def test_data_with_few_supervised_tokens_for_real(model, tmp_path, caplog):
-    turns = [{"role": "user", "content": "皮卡丘" * 150}, {"role": "assistant", "content": "电"}]
+    turns = [{"role": "user", "content": "皮卡丘" * 900}, {"role": "assistant", "content": "电"}]
     path = tmp_path / "d.jsonl"
     path.write_text(json.dumps({"conversations": turns}) + "\n", encoding="utf-8")
     options = {"finetuning_type": "lora", "max_steps": 1, "per_device_train_batch_size": 1}
@@ -324,12 +324,13 @@ def test_a_loss_above_guessing(make_settings):
 
 
 def test_a_real_run_that_diverges(model, data, tmp_path, caplog):
-    options = {"finetuning_type": "full", "learning_rate": 1.0, "max_steps": 60, "max_grad_norm": 1e9}
+    options = {"finetuning_type": "full", "learning_rate": 10.0, "max_steps": 60, "max_grad_norm": 1e9}
+    options |= {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 20}
     with caplog.at_level(logging.WARNING, logger="finetune_chatmodel_demo"):
-        status = train(model, data, tmp_path / "o", **options)
-    told = [record.message for record in caplog.records if record.name == diagnosis.__name__]
-    assert status in (0, 1)  # 1: stopped at a loss that is no number
-    assert any("the loss rises" in text or "above the" in text for text in told)
+        assert train(model, data, tmp_path / "o", **options) == 0
+    (text,) = [record.message for record in caplog.records if record.name == diagnosis.__name__]
+    assert "above the 7.71 of a model that guesses" in text and "and was 7." in text
+    assert "the learning rate 10 is too high. Lower it, e.g. to 3" in text
 
 
 # The statistics

@@ -36,6 +36,7 @@ LEAST_SUPERVISED = 0.01
 BATCHES_OF_SHARE = 20
 RISE_WINDOW, RISE_WINDOW_SHARE = 10, 0.03
 ABOVE_GUESSING = 1.0  # nats
+FIRST_STEPS = 3
 STEPS_IN_A_ROW = 20
 ZERO_STEPS = 3
 ADAM_EPSILONS = 10  # an element's gradient below 10 epsilons is held back by Adam's epsilon
@@ -202,18 +203,31 @@ class LearningWatch(TrainerCallback):
             self._warn(
                 "rising",
                 f"the loss rises: {rise.now:.3f} {where}, after {rise.lowest:.3f} around step {rise.lowest_step} and "
-                f"{rise.start:.3f} at the start. Likely cause: the learning rate {args.learning_rate:g} is too high. "
-                f"Lower it, e.g. to {args.learning_rate / 3:.1g}, or warm up longer (--warmup_steps)",
+                f"{rise.start:.3f} at the start. " + self._explain_rise(args.learning_rate),
             )
         first, now = sum(self.losses[:window]) / window, self._newest_loss(window)
         is_high = self._guessing is not None and now > self._guessing + ABOVE_GUESSING
-        if is_high and len(self.losses) >= 2 * window and now > 0.9 * first:
+        if not is_high or len(self.losses) < 2 * window or now < 0.9 * first:
+            return
+        start = sum(self.losses[:FIRST_STEPS]) / FIRST_STEPS
+        text = (
+            f"the loss is {now:.2f} {where}, above the {self._guessing:.2f} of a model that guesses among all tokens "
+            f"of the vocabulary, and was {start:.2f} at the start. "
+        )
+        if start < self._guessing + ABOVE_GUESSING:
+            self._warn("rising", text + self._explain_rise(args.learning_rate))
+        else:
             self._warn(
-                "rising" if rise else "high",
-                f"the loss is {now:.2f} {where}, above the {self._guessing:.2f} of a model that guesses among all "
-                "tokens of the vocabulary. Likely cause: weights or a tokenizer that do not belong together (check "
-                "them with THUDM/check_download.py), or a start that is too wild (--prefix_init_std)",
+                "high",
+                text + "Likely cause: weights or a tokenizer that do not belong together (check them with "
+                "THUDM/check_download.py), or a start that is too wild (--prefix_init_std)",
             )
+
+    def _explain_rise(self, rate: float) -> str:
+        return (
+            f"Likely cause: the learning rate {rate:g} is too high. Lower it, e.g. to {rate / 3:.1g}, or warm up "
+            "longer (--warmup_steps)"
+        )
 
     def _check_flat(self, args: Any, state: Any) -> None:
         found = measure_improvement(self.losses)
