@@ -1,6 +1,6 @@
 """Memory of each process while load_model reads a model, alone or shared out by ZeRO-3: JSON lines, one for each rank.
 
-    torchrun --standalone --nproc_per_node=4 tests/measure_loading.py MODEL_FOLDER finetune_chatmodel_demo/configs/ds_zero3.json
+torchrun --standalone --nproc_per_node=4 tests/measure_loading.py MODEL_FOLDER finetune_chatmodel_demo/configs/ds_zero3.json
 """
 
 import json

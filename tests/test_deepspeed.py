@@ -131,3 +131,156 @@ def test_losses_and_result_are_those_of_one_process(runs, run):
     assert len(losses(runs.folder / run)) == STEPS
     assert losses(runs.folder / run) == pytest.approx(losses(runs.folder / one), rel=1e-4)
     assert_close(runs.trained(run), runs.trained(one))
+
+
+def test_results_load_alone(runs):
+    """Official layout, as inference.py reads it; ZeRO-3 gathers what it had shared out."""
+    official = load_file(runs.model / "model.safetensors")
+    base = load_model(runs.model).state_dict()
+    for zero in STAGES:
+        folder = runs.folder / zero / "full"
+        assert {name: value.shape for name, value in runs.trained(f"{zero}/full").items()} == {
+            name: value.shape for name, value in official.items()
+        }
+        state = load_model(folder).state_dict()
+        assert [name for name in base if torch.equal(base[name], state[name]) and "k_proj.bias" not in name] == []
+        assert load_tokenizer(folder).get_command("<|user|>") == load_tokenizer(runs.model).get_command("<|user|>")
+        assert load_model(runs.model, pt_checkpoint=runs.folder / zero / "ptuning").prefix_encoder.length == 4
+
+
+@pytest.fixture(scope="module")
+def later(runs) -> dict[str, str]:
+    """What later calls on copies of the runs print: same, again, best (two processes), other (one process)."""
+    kinds = {"same": [], "other": []}
+    for kind, processes in (("same", 2), ("other", 1)):
+        for zero in STAGES:
+            for method in METHODS:
+                output = runs.copy_until(2, f"{zero}/{method}", kind)
+                given = options(processes, method, zero, resume_from_checkpoint=True)
+                kinds[kind].append(runs.command(output, given))
+    for zero in STAGES:
+        # All steps are done, the result is lost.
+        output = runs.copy_until(STEPS, f"{zero}/full", "again")
+        given = options(2, "full", zero, resume_from_checkpoint=True, validation_file=runs.data)
+        kinds["same"].append(runs.command(output, given))
+        for method in METHODS:
+            # The "best" one is the worst: not the last.
+            choice = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+            given = options(2, method, zero, validation_file=runs.data, **choice)
+            kinds["same"].append(runs.command(runs.folder / "best" / zero / method, given))
+    for method in DDP:
+        output = runs.copy_until(2, f"ddp/{method}", "other")
+        kinds["other"].append(runs.command(output, options(1, method, resume_from_checkpoint=True)))
+    return {"same": launch(2, kinds["same"], runs.folder), "other": launch(1, kinds["other"], runs.folder)}
+
+
+@pytest.mark.parametrize("kind", ["same", "other"])
+@pytest.mark.parametrize("run", [f"{zero}/{method}" for zero in STAGES for method in METHODS])
+def test_a_resumed_run_ends_as_the_whole_one(runs, later, kind, run):
+    """Also with another number of processes, through DeepSpeed's universal checkpoint."""
+    folder = runs.folder / kind / run
+    assert losses(folder) == pytest.approx(losses(runs.folder / run), rel=1e-6 if kind == "same" else 1e-5)
+    assert_close(runs.trained(f"{kind}/{run}"), runs.trained(run))
+    assert {path.name for path in (folder / "checkpoint-2").iterdir()}.isdisjoint({"universal", "latest_universal"})
+
+
+@pytest.mark.parametrize("method", DDP)
+def test_without_deepspeed_the_number_of_processes_may_change(runs, later, method):
+    assert losses(runs.folder / "other" / "ddp" / method) == pytest.approx(
+        losses(runs.folder / "one" / method), rel=1e-5
+    )
+    assert "gradient_accumulation_steps was 2, is 4; processes was 2, is 1" in later["other"]
+
+
+@pytest.mark.parametrize("zero", STAGES)
+def test_a_finished_run_without_its_result_writes_it(runs, later, zero):
+    assert_close(runs.trained(f"again/{zero}/full"), runs.trained(f"{zero}/full"))
+    assert "eval_loss" in read_log(runs.folder / "again" / zero / "full")[-1]
+
+
+@pytest.mark.parametrize("run", [f"{zero}/{method}" for zero in STAGES for method in METHODS])
+def test_the_best_checkpoint_is_the_result(runs, later, run):
+    folder = runs.folder / "best" / run
+    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    assert Path(state["best_model_checkpoint"]).name == "checkpoint-2"
+    best, last = (load_file(folder / f"checkpoint-{step}" / WEIGHTS[folder.name]) for step in (2, 4))
+    result = runs.trained(f"best/{run}")
+    assert all(torch.equal(result[name], best[name]) for name in best)
+    assert not all(torch.equal(result[name], last[name]) for name in last)
+
+
+def script_knobs(runs: Runs, output: Path, **knobs: object) -> dict[str, str]:
+    knobs = {"DATASET_PATH": runs.data, "OUTPUT_DIR": output, "LR": 1e-3, "DEV_BATCH_SIZE": 2, **knobs}
+    knobs |= {"BASE_MODEL_PATH": runs.model, "GRAD_ACCUMULATION_STEPS": 2}
+    return environment(**knobs)
+
+
+SCRIPT = [REPOSITORY / "scripts" / "finetune_ds_multiturn.sh", "--use_cpu", "--train_sampling_strategy", "random"]
+SCRIPT += ["--lr_scheduler_type", "constant", "--seed", "42", "--plot_loss", "False"]
+
+
+def test_two_nodes_give_the_losses_of_one_process(runs, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    knobs = {"NNODES": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NUM_GPUS": 1, "MAX_STEP": STEPS}
+    nodes = [
+        subprocess.Popen(
+            SCRIPT,
+            env=script_knobs(
+                runs, tmp_path / "out", NODE_RANK=rank, DEEPSPEED_CONFIG="ds_zero3", SAVE_INTERVAL=2, **knobs
+            ),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    printed = [node.communicate(timeout=600)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], printed[0][-3000:] + printed[1][-3000:]
+    assert losses(tmp_path / "out") == pytest.approx(losses(runs.folder / "one" / "full"), rel=1e-4)
+    assert_close(load_file(tmp_path / "out" / "model.safetensors"), runs.trained("one/full"))
+    assert {"train.log", "train-node1.log", "checkpoint-2", "checkpoint-4"} <= {
+        p.name for p in (tmp_path / "out").iterdir()
+    }
+
+
+def workers_of(launcher: int) -> list[int]:
+    """Processes of torchrun that train, below a process."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            pid, parent = int(stat.parent.name), int(stat.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        children.setdefault(parent, []).append(pid)
+    found, waiting = [], [launcher]
+    while waiting:
+        pid = waiting.pop()
+        waiting += children.get(pid, [])
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        if b"finetune.py" in command and b"torchrun" not in command:
+            found.append(pid)
+    return sorted(pid for pid in found if not children.get(pid) or pid != launcher)
+
+
+def test_a_killed_rank_ends_the_run_which_then_goes_on(runs, tmp_path):
+    steps, output = 20, tmp_path / "out"
+    knobs = script_knobs(runs, output, NUM_GPUS=2, MAX_STEP=steps, SAVE_INTERVAL=5)
+    run = subprocess.Popen(SCRIPT, env=knobs, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    end = time.monotonic() + 300
+    while not (output / "checkpoint-5").is_dir():
+        assert run.poll() is None and time.monotonic() < end, run.communicate()[0][-3000:]
+        time.sleep(0.01)
+    os.kill(workers_of(run.pid)[-1], signal.SIGKILL)
+    killed = time.monotonic()
+    printed = run.communicate(timeout=120)[0]
+    assert run.returncode != 0
+    assert time.monotonic() - killed < 60
+    assert "SIGKILL" in printed
+    checkpoint = find_last_checkpoint(output)
+    assert f"OUTPUT_DIR={output} continues from {checkpoint.name}" in printed
+    subprocess.run(SCRIPT, env=knobs, check=True, capture_output=True, timeout=300)
+    whole = options(1, "full", max_steps=steps, save_steps=100)
+    assert train(runs.model, runs.data, tmp_path / "whole", **whole) == 0
+    assert losses(output) == pytest.approx(losses(tmp_path / "whole"), rel=1e-3)
