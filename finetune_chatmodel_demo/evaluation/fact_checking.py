@@ -25,6 +25,10 @@ UNRECORDED = re.compile(
     r"|(?:资料|数据|图鉴|表格|表)(?:里|中|上)?(?:没有|查不到|找不到|不包含|不包括)|查不到|找不到|空缺|不在(?:资料|数据|图鉴|表)"
     r"|没有(?:这|叫|名叫|名为)|不存在"
 )
+DECLINE = re.compile(f"{IGNORANCE.pattern}|{UNRECORDED.pattern}")
+# A statement (它的主人叫小明), and who may make one about himself (我只是宝可梦助手).
+ASSERTION = re.compile(r"是|叫|为(?!什么|何)|位于|住在|等于|应该|大概|可能|也许")
+ABOUT_ME = re.compile(r"\s*(?:我|本|作为|您|你|请|如果|若|因为|由于)")
 NONE = re.compile(r"没有|没|不|无|未|空缺|并非")
 BARE_NONE = re.compile(r"(?:它)?(?:目前|暂时|并)?(?:没有|无|没|不存在|空缺)(?:的|哦|呢|了)?[。!.]?")
 # Pairs of characters that stand in every other sentence, and so tie a reply to no question.
@@ -134,7 +138,7 @@ def _check_items(field: Field, reading: Reading, truth: frozenset[str]) -> Verdi
         units = ", ".join(f"{number.value}{number.unit}" for number in reading.foreign)
         return Verdict("wrong", 0.0, (*found, units), expected, "a number of another unit")
     if not found:
-        is_refusal = IGNORANCE.search(reading.text) or UNRECORDED.search(reading.text) or reading.is_question
+        is_refusal = DECLINE.search(reading.text) or reading.is_question
         if is_refusal and not reading.denied:
             return Verdict("missing", 0.0, (), expected, "asks back" if reading.is_question else "declines")
         reason = "denies it" if reading.denied & truth else "speaks of another column" if reading.others else ""
@@ -245,10 +249,16 @@ def _check_flag(table: FactTable, field: Field, reading: Reading, items: tuple[s
 
 def _check_unanswerable(table: FactTable, reading: Reading, question: str) -> Verdict:
     """The table has no answer: right is a reply that says so and states nothing that the question did not."""
-    values = _known_values(table, reading.text) - _known_values(table, normalize(question))
-    if values or reading.stated:
-        return Verdict("wrong", 0.0, tuple(sorted(values | reading.stated)), (), "invents a value")
-    if IGNORANCE.search(reading.text) or UNRECORDED.search(reading.text):
+    asked = read_reply(table, question.rstrip("?？ "), column=None, subject=None)
+    values = _known_values(table, reading.text) - _known_values(table, asked.text)
+    if invented := values | (reading.stated - asked.stated):
+        return Verdict("wrong", 0.0, tuple(sorted(invented)), (), "invents a value")
+    for clause in CLAUSE_BREAK.split(reading.masked):
+        if ASSERTION.search(clause) and not (
+            DECLINE.search(clause) or NEGATION.search(clause) or ABOUT_ME.match(clause)
+        ):
+            return Verdict("wrong", 0.0, (clause,), (), "asserts something")
+    if DECLINE.search(reading.text):
         return Verdict("exact", 1.0, (), ())
     if reading.is_question:
         return Verdict("missing", 0.0, (), (), "asks back")

@@ -119,7 +119,9 @@ class _Reader:
         for token in self.tokens:
             if not _inside(token.start, self.questions):
                 self._take_token(token)
-        for number in find_numbers(self.masked, _units_of(self.table), _measures_of(self.table)):
+        # Where nothing can be known, every number is one too many.
+        measures = _measures_of(self.table) if self.asked else frozenset(measure for measure, _ in UNITS.values())
+        for number in find_numbers(self.masked, _units_of(self.table), measures):
             if not _inside(number.start, self.questions):
                 self._take_number(number)
         return self.reading

@@ -43,9 +43,9 @@ class Recipe:
 
 RECIPES = (
     Recipe("prefix", "ptuning", 900, 0.15, flags=(("pre_seq_len", 64), ("prefix_init_std", 0.5))),
-    Recipe("lora", "lora", 900, 5e-3, flags=(("lora_rank", 8),)),
-    Recipe("freeze", "freeze", 900, 1e-3, flags=(("freeze_trainable_layers", 2),)),
-    Recipe("full", "full", 900, 5e-4),
+    Recipe("lora", "lora", 400, 5e-3, flags=(("lora_rank", 8),)),
+    Recipe("freeze", "freeze", 400, 1e-3, flags=(("freeze_trainable_layers", 2),)),
+    Recipe("full", "full", 400, 5e-4),
 )
 
 
