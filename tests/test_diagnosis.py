@@ -324,13 +324,13 @@ def test_a_loss_above_guessing(make_settings):
 
 
 def test_a_real_run_that_diverges(model, data, tmp_path, caplog):
-    options = {"finetuning_type": "full", "learning_rate": 10.0, "max_steps": 60, "max_grad_norm": 1e9}
-    options |= {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 20}
+    options = {"finetuning_type": "full", "learning_rate": 3.0, "max_steps": 60, "max_grad_norm": 1e9}
+    options |= {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 40}
     with caplog.at_level(logging.WARNING, logger="finetune_chatmodel_demo"):
         assert train(model, data, tmp_path / "o", **options) == 0
     (text,) = [record.message for record in caplog.records if record.name == diagnosis.__name__]
     assert "above the 7.71 of a model that guesses" in text and "and was 7." in text
-    assert "the learning rate 10 is too high. Lower it, e.g. to 3" in text
+    assert "the learning rate 3 is too high. Lower it, e.g. to 1" in text
 
 
 # The statistics

@@ -35,7 +35,13 @@ INSTRUCTION_TEXT = "你是宝可梦图鉴，请用一句话准确回答关于宝
 
 @dataclass(frozen=True)
 class Setting:
-    """One run. `init` is "0.5" (N(0, 0.5²)), or the name of a text; `warmup` a share of the steps."""
+    """One run.
+
+    Args:
+        init: "0.5" for N(0, 0.5²), or the name of a text.
+        warmup: share of the steps.
+        questions: asked in trained wordings, and as many in unseen ones.
+    """
 
     steps: int
     learning_rate: float = 0.15
@@ -45,6 +51,7 @@ class Setting:
     projection: bool = False
     dropout: float = 0.1
     seed: int = 42
+    questions: int = 300
 
     @property
     def key(self) -> str:
@@ -52,34 +59,32 @@ class Setting:
         return json.dumps(asdict(self), sort_keys=True)
 
 
-def plan(steps: int) -> dict[str, list[Setting]]:
-    """The settings by what they vary; the base setting comes first in each list that it belongs to."""
-    base = Setting(steps)
+def plan() -> dict[str, list[Setting]]:
+    """The settings by what they vary.
+
+    What matters most, learning rate and start, is measured in a third of the quickstart's steps, the rest in a ninth
+    with fewer questions: enough to see what helps and what hurts.
+    """
+    base, short = Setting(steps=300), Setting(steps=100, questions=100)
     return {
-        "learning rate": [replace(base, learning_rate=rate) for rate in (0.15, 0.02, 0.05, 0.3, 2e-5)],
-        "start": [replace(base, init=init) for init in ("0.5", DIALOGUE, "1.0", "0.1", "0.02", INSTRUCTION)],
+        "learning rate": [replace(base, learning_rate=rate) for rate in (2e-5, 0.02, 0.05, 0.15, 0.3)],
+        "start": [replace(base, init=init) for init in ("1.0", "0.5", "0.1", "0.02", DIALOGUE, INSTRUCTION)],
         "learning rate × start": [
             replace(base, learning_rate=rate, init=init)
-            for init in ("0.5", "1.0", DIALOGUE)
-            for rate in (0.02, 0.05, 0.15, 0.3)
+            for rate, inits in ((0.02, ("0.1", DIALOGUE)), (0.15, ("0.1", DIALOGUE)), (0.3, ()))
+            for init in ("1.0", "0.5", *inits)
         ],
-        "prefix length": [replace(base, pre_seq_len=length) for length in (8, 32, 64, 128)],
-        "dropout": [replace(base, dropout=dropout) for dropout in (0.0, 0.1, 0.3)],
-        "projection": [base] + [replace(base, projection=True, learning_rate=rate) for rate in (0.02, 0.005)],
-        "warm-up": [replace(base, warmup=warmup) for warmup in (0.0, 0.03, 0.1)],
-        "seed": [replace(base, seed=seed) for seed in (42, 43, 44)]
-        + [replace(base, init=DIALOGUE, seed=seed) for seed in (42, 43)],
-        "three times the steps": [
-            replace(base, steps=3 * steps, learning_rate=0.02, init="1.0"),
-            replace(base, steps=3 * steps, init=DIALOGUE),
-            replace(base, steps=3 * steps),
-        ],
+        "projection": [short] + [replace(short, projection=True, learning_rate=rate) for rate in (0.02, 0.005)],
+        "prefix length": [replace(short, pre_seq_len=length) for length in (8, 32, 64, 128)],
+        "dropout": [replace(short, dropout=dropout) for dropout in (0.0, 0.1, 0.3)],
+        "warm-up": [replace(short, warmup=warmup) for warmup in (0.0, 0.03, 0.1)],
+        "seed": [replace(short, seed=seed) for seed in (42, 43)],
     }
 
 
 def quick_plan() -> dict[str, list[Setting]]:
     """A few steps of a few settings."""
-    base = Setting(steps=2, pre_seq_len=4)
+    base = Setting(steps=2, pre_seq_len=4, questions=4)
     return {
         "start": [base, replace(base, init=DIALOGUE)],
         "projection": [base, replace(base, projection=True, learning_rate=0.02)],
@@ -89,19 +94,17 @@ def quick_plan() -> dict[str, list[Setting]]:
 class Sweep:
     """Makes the runs that are still missing."""
 
-    def __init__(self, runs: Path, questions: int) -> None:
+    def __init__(self, runs: Path) -> None:
         """
         Args:
             runs: JSON lines, one for each finished run.
-            questions: asked of each file.
         """
-        self.runs, self.questions = runs, questions
+        self.runs = runs
         self.results: dict[str, dict[str, Any]] = {}
         if runs.is_file():
             for line in runs.read_text(encoding="utf-8").splitlines():
                 result = json.loads(line)
-                if result["questions"] == questions:
-                    self.results[Setting(**result["setting"]).key] = result
+                self.results[Setting(**result["setting"]).key] = result
 
     def run(self, settings: list[Setting]) -> None:
         """Trains and asks; each result is written at once."""
@@ -110,7 +113,7 @@ class Sweep:
             files = write_data(Path(scratch)) if missing else {}
             for number, setting in enumerate(missing, start=1):
                 print(f"run {number} of {len(missing)}: {setting}", file=sys.stderr, flush=True)
-                result = {"setting": asdict(setting), "questions": self.questions} | self.measure(setting, files)
+                result = {"setting": asdict(setting)} | self.measure(setting, files)
                 self.results[setting.key] = result
                 self.runs.parent.mkdir(parents=True, exist_ok=True)
                 with self.runs.open("a", encoding="utf-8") as file:
@@ -122,7 +125,7 @@ class Sweep:
         with tempfile.TemporaryDirectory() as scratch:
             losses = train(setting, files, Path(scratch) / "prefix")
             trained = time.process_time()
-            scores = ask(Path(scratch) / "prefix", files, self.questions) if losses else {}
+            scores = ask(Path(scratch) / "prefix", files, setting.questions) if losses else {}
         return {
             **(losses or {"failed": True}),
             "exact": scores,
@@ -212,8 +215,6 @@ def ask(prefix: Path, files: dict[str, Path], count: int) -> dict[str, int]:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=300, help="optimizer steps of most runs (%(default)s)")
-    parser.add_argument("--questions", type=int, default=300, help="asked of each file (%(default)s)")
     parser.add_argument("--groups", help="only these groups of settings, a,b,c")
     parser.add_argument("--runs", type=Path, default=RUNS, help="finished runs, JSON lines (%(default)s)")
     parser.add_argument("--report", type=Path, help="folder for sweep_prefix.md and sweep_prefix.png")
@@ -236,10 +237,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parse_arguments(arguments)
     threads = prepare_threads(options.threads)
     machine = describe_machine()
-    groups = quick_plan() if options.quick else plan(options.steps)
+    groups = quick_plan() if options.quick else plan()
     if options.groups:
         groups = {name: groups[name] for name in options.groups.split(",")}
-    sweep = Sweep(options.runs, 4 if options.quick else options.questions)
+    sweep = Sweep(options.runs)
     if not options.report_only:
         sweep.run([setting for settings in groups.values() for setting in settings])
     report = {
