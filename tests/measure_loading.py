@@ -1,6 +1,6 @@
-"""Memory of each process while load_model reads a model, alone or shared out by ZeRO-3: JSON lines, one for each rank.
+"""Memory of each process while load_model reads a model that ZeRO-3 shares out: JSON lines, one for each rank.
 
-torchrun --standalone --nproc_per_node=4 tests/measure_loading.py MODEL_FOLDER finetune_chatmodel_demo/configs/ds_zero3.json
+torchrun --standalone --nproc_per_node=4 tests/measure_loading.py MODEL_FOLDER CONFIG.json
 """
 
 import json
@@ -22,7 +22,7 @@ from finetune_chatmodel_demo.training.zero import connect
 def read_memory() -> int:
     """Bytes that belong to this process alone (a file that is mapped belongs to nobody)."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon", "RssShmem")))
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
 class Peak(threading.Thread):

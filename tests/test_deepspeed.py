@@ -152,6 +152,9 @@ def test_results_load_alone(runs):
 def later(runs) -> dict[str, str]:
     """What later calls on copies of the runs print: same, again, best (two processes), other (one process)."""
     kinds = {"same": [], "other": []}
+    for method in DDP:  # first: accelerate takes every run after one with DeepSpeed in the same process for another
+        output = runs.copy_until(2, f"ddp/{method}", "other")
+        kinds["other"].append(runs.command(output, options(1, method, resume_from_checkpoint=True)))
     for kind, processes in (("same", 2), ("other", 1)):
         for zero in STAGES:
             for method in METHODS:
@@ -168,9 +171,6 @@ def later(runs) -> dict[str, str]:
             choice = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
             given = options(2, method, zero, validation_file=runs.data, **choice)
             kinds["same"].append(runs.command(runs.folder / "best" / zero / method, given))
-    for method in DDP:
-        output = runs.copy_until(2, f"ddp/{method}", "other")
-        kinds["other"].append(runs.command(output, options(1, method, resume_from_checkpoint=True)))
     return {"same": launch(2, kinds["same"], runs.folder), "other": launch(1, kinds["other"], runs.folder)}
 
 
