@@ -146,18 +146,18 @@ def test_figures_of_a_group(monkeypatch, tokenizer, questions):
     score = score_groups(answers)[TRAINED]
     assert {key: score[key] for key in ("asked", "exact", "partial", "wrong", "missing")} == {
         "asked": 4,
-        "exact": 2,
-        "partial": 1,
+        "exact": 1,
+        "partial": 2,
         "wrong": 0,
         "missing": 1,
     }
-    assert score["overlap"] == pytest.approx((1 + 0.5 + 1 + 0) / 4)
+    assert score["overlap"] == pytest.approx((1 + 0.5 + 0.5 + 0) / 4)
     assert score["verbatim"] == 0
-    assert score["wilson95"] == pytest.approx(wilson_interval(2, 4))
+    assert score["wilson95"] == pytest.approx(wilson_interval(1, 4))
     assert score["by_column"] == {
-        "属性": {"asked": 4, "exact": 2, "partial": 1, "wrong": 0, "missing": 1, "share": 0.5}
+        "属性": {"asked": 4, "exact": 1, "partial": 2, "wrong": 0, "missing": 1, "share": 0.25}
     }
-    assert score["reasons"] == {"incomplete": 1, "declines": 1}
+    assert score["reasons"] == {"incomplete": 1, "too much": 1, "declines": 1}
 
 
 def test_the_worst_come_first_and_from_every_column(monkeypatch, tokenizer, questions):
