@@ -17,7 +17,6 @@ from finetune_chatmodel_demo import finetune
 from finetune_chatmodel_demo.chatglm3 import load_model, load_tokenizer, prefix, read_prefix_config
 from finetune_chatmodel_demo.training import checkpoints, methods, run_trainer, workflow
 from finetune_chatmodel_demo.training.arguments import FULL, P_TUNING, SettingsError
-from finetune_chatmodel_demo.training.callbacks import StuckLossWarning
 from finetune_chatmodel_demo.training.command_line import parse_given
 from finetune_chatmodel_demo.training.sampling import LengthGroupedBatches
 from finetune_chatmodel_demo.training.settings import decide_settings
@@ -552,22 +551,6 @@ def test_bfloat16_keeps_the_prefix_in_float32(model, data, tmp_path):
     assert train(model, data, tmp_path / "o", pre_seq_len=4, bf16=True) == 0
     assert load_file(tmp_path / "o" / "prefix_encoder.safetensors")["embedding.weight"].dtype == torch.float32
     assert all(5 < loss < 10 for loss in losses(tmp_path / "o"))
-
-
-def test_a_loss_that_does_not_move_is_noted(caplog):
-    class State:
-        is_world_process_zero, global_step, max_steps = True, 30, 100
-
-    class Args:
-        learning_rate = 2e-5
-
-    for start, end, count in ((5.06, 4.99, 1), (5.06, 3.0, 0)):
-        caplog.clear()
-        State.log_history = [{"loss": start + (end - start) * i / 29} for i in range(30)]
-        warning = StuckLossWarning(is_prefix=True)
-        for _ in range(2):
-            warning.on_log(Args, State, None)
-        assert len(caplog.records) == count
 
 
 # Killed runs

@@ -1,6 +1,5 @@
-"""What happens beside the steps: the order of an epoch, tokens per second, a warning when nothing is learned."""
+"""What happens beside the steps: the order of an epoch, tokens per second, early stopping, kept random numbers."""
 
-import logging
 import random
 import time
 from collections.abc import Iterator
@@ -15,8 +14,6 @@ from finetune_chatmodel_demo.training.arguments import RunArguments
 
 if TYPE_CHECKING:
     from finetune_chatmodel_demo.training.run_trainer import RunTrainer
-
-logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -92,32 +89,3 @@ class Throughput(TrainerCallback):
         }
         self.seconds, self.counts = 0.0, None
         return speeds
-
-
-class StuckLossWarning(TrainerCallback):
-    """Warns once when the loss has not moved after a quarter of the run: waiting longer rarely helps."""
-
-    SHARE_OF_RUN = 0.25
-    FEWEST_ENTRIES = 12
-    LEAST_IMPROVEMENT = 0.03
-
-    def __init__(self, is_prefix: bool) -> None:
-        self.is_prefix = is_prefix
-        self.has_looked = False
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.has_looked or not state.is_world_process_zero:
-            return
-        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        if state.global_step < self.SHARE_OF_RUN * state.max_steps or len(losses) < self.FEWEST_ENTRIES:
-            return
-        self.has_looked = True
-        third = len(losses) // 3
-        before, now = sum(losses[:third]) / third, sum(losses[-third:]) / third
-        if now > (1 - self.LEAST_IMPROVEMENT) * before:
-            usual = "2e-2 for a prefix" if self.is_prefix else "1e-4 for all parameters"
-            logger.warning(
-                "the loss has hardly moved after %d of %d steps: %.3f at the start, %.3f now. The learning rate is "
-                "%g; the original's scripts use %s.",
-                *(state.global_step, state.max_steps, before, now, args.learning_rate, usual),
-            )
