@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from training_helpers import flags, losses, make_model, read_log, train, write_conversations
 
-from finetune_chatmodel_demo.chatglm3 import load_model, load_tokenizer
+from finetune_chatmodel_demo.chatglm3 import ChatGLM3Config, ChatGLM3ForCausalLM, load_model, load_tokenizer
 from finetune_chatmodel_demo.training.checkpoints import find_last_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -107,9 +107,15 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, tiny_folder) -> Runs:
+def files(tmp_path_factory, tiny_folder) -> Runs:
+    """The model and the data, before any run."""
     pytest.importorskip("deepspeed")
-    runs = Runs(tmp_path_factory.mktemp("deepspeed"), tiny_folder)
+    return Runs(tmp_path_factory.mktemp("deepspeed"), tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def runs(files) -> Runs:
+    runs = files
     commands = [runs.command(runs.folder / "ddp" / method, options(2, method)) for method in DDP]
     for zero in STAGES:
         commands += [runs.command(runs.folder / zero / method, options(2, method, zero)) for method in METHODS]
@@ -264,9 +270,9 @@ def workers_of(launcher: int) -> list[int]:
     return sorted(pid for pid in found if not children.get(pid) or pid != launcher)
 
 
-def test_a_killed_rank_ends_the_run_which_then_goes_on(runs, tmp_path):
+def test_a_killed_rank_ends_the_run_which_then_goes_on(files, tmp_path):
     steps, output = 20, tmp_path / "out"
-    knobs = script_knobs(runs, output, NUM_GPUS=2, MAX_STEP=steps, SAVE_INTERVAL=5)
+    knobs = script_knobs(files, output, NUM_GPUS=2, MAX_STEP=steps, SAVE_INTERVAL=5)
     run = subprocess.Popen(SCRIPT, env=knobs, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     end = time.monotonic() + 300
     while not (output / "checkpoint-5").is_dir():
@@ -282,5 +288,58 @@ def test_a_killed_rank_ends_the_run_which_then_goes_on(runs, tmp_path):
     assert f"OUTPUT_DIR={output} continues from {checkpoint.name}" in printed
     subprocess.run(SCRIPT, env=knobs, check=True, capture_output=True, timeout=300)
     whole = options(1, "full", max_steps=steps, save_steps=100)
-    assert train(runs.model, runs.data, tmp_path / "whole", **whole) == 0
+    assert train(files.model, files.data, tmp_path / "whole", **whole) == 0
     assert losses(output) == pytest.approx(losses(tmp_path / "whole"), rel=1e-3)
+
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, None: torch.float32}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", ["ds_zero2", "ds_zero2_offload", "ds_zero3", "ds_zero3_offload"])
+def test_configurations_take_their_precision_from_the_flags(files, tmp_path, name, precision):
+    """--bf16 and --fp16 decide; "auto" stands for them."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from transformers import TrainingArguments
+    from transformers.integrations import HfTrainerDeepSpeedConfig
+
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[])
+    args.bf16, args.fp16 = precision == "bf16", precision == "fp16"
+    hf_config = HfTrainerDeepSpeedConfig(str(CONFIGS / f"{name}.json"))
+    hf_config.trainer_config_process(args)
+    hf_config.trainer_config_finalize(args, load_model(files.model), 10)
+    config = DeepSpeedConfig(hf_config.config)
+    assert "auto" not in json.dumps(hf_config.config)
+    assert (config.bfloat16_config.enabled, config.float16_config.enabled) == (args.bf16, args.fp16)
+    assert hf_config.dtype() == PRECISIONS[precision]
+    zero = config.zero_config
+    assert zero.stage == int(name[7])
+    assert (zero.offload_optimizer is not None) == name.endswith("offload")
+    assert (zero.offload_param is not None) == (name == "ds_zero3_offload")
+
+
+def test_four_ranks_load_one_copy(tmp_path):
+    """Each keeps its quarter, and holds one whole parameter at a time beside it."""
+    config = ChatGLM3Config(
+        num_layers=12,
+        padded_vocab_size=4096,
+        hidden_size=512,
+        ffn_hidden_size=1408,
+        kv_channels=64,
+        num_attention_heads=8,
+        multi_query_group_num=2,
+    )
+    model = ChatGLM3ForCausalLM(config)
+    size = 4 * sum(parameter.numel() for parameter in model.parameters())
+    model.save_pretrained(tmp_path / "model")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4"]
+    command += [REPOSITORY / "tests" / "measure_loading.py", tmp_path / "model", CONFIGS / "ds_zero3.json"]
+    # Freed memory goes back at once, and does not count.
+    knobs = environment(MALLOC_MMAP_THRESHOLD_=65536)
+    run = subprocess.run(command, env=knobs, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    ranks = [json.loads(line) for line in run.stdout.splitlines() if line.startswith('{"rank"')]
+    assert len(ranks) == 4
+    assert sum(rank["kept_bytes"] for rank in ranks) == pytest.approx(size, rel=0.01)
+    assert all(rank["peak_bytes"] < 0.5 * size for rank in ranks)
+    assert sum(rank["peak_bytes"] for rank in ranks) < 2 * size
