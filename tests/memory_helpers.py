@@ -12,8 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from finetune_chatmodel_demo.chatglm3 import attention
-from finetune_chatmodel_demo.chatglm3 import ChatGLM3Config, ChatGLM3ForCausalLM
+from finetune_chatmodel_demo.chatglm3 import ChatGLM3Config, ChatGLM3ForCausalLM, attention
 from finetune_chatmodel_demo.chatglm3.adapters import add_adapter
 from finetune_chatmodel_demo.chatglm3.recomputing import set_policy
 

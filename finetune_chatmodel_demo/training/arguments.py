@@ -162,6 +162,10 @@ class RunArguments:
         default=False,
         metadata={"help": "Start anew although --output_dir holds checkpoints of an earlier run; removes them."},
     )
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Read the data, show its table and what the run will need, and stop; writes nothing."},
+    )
     replay: str | None = field(
         default=None,
         metadata={"help": "run_manifest.json of a run: checks that its first steps would be the same; trains nothing."},

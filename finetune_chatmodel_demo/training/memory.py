@@ -5,7 +5,7 @@ of small models and of the 6B model on fake tensors; `tests/benchmarks/bench_gpu
 size, F: inner size of the MLP, a: bytes of a number in the precision of the computation, r: of the residual stream
 (float32 where autocast meets float32 weights). A layer keeps, for each token,
 
-    RMSNorms        8H + 8: their input in float32, twice, and its scale; with trained weights also the normed input, 2rH
+    RMSNorms        8H + 8: their input in float32, twice, and its scale; trained: the normed input, 2rH
     attention       query and output: 2a × heads × head_dim, and 4 × heads; keys and values: 2a × groups × head_dim, or,
                     behind a prefix, of all heads (they are repeated); on a CPU the mask, a × (prefix + tokens)
     MLP             3aF: gate and up, and the activated gate
@@ -254,7 +254,9 @@ def loss_bytes(shape: RunShape) -> float:
     logits = float(LOSS_BYTES * chunk * config.padded_vocab_size)
     if shape.method == FULL:
         head = config.padded_vocab_size * config.hidden_size
-        gradient = shape.number_bytes * (chunk * config.padded_vocab_size + head) + 4 * head * shape.has_autocast_weights
+        gradient = (
+            shape.number_bytes * (chunk * config.padded_vocab_size + head) + 4 * head * shape.has_autocast_weights
+        )
         return hidden + max(logits, gradient)
     return hidden + logits
 

@@ -31,6 +31,7 @@ from finetune_chatmodel_demo.training.run_logs import (
 )
 from finetune_chatmodel_demo.training.run_trainer import RunTrainer
 from finetune_chatmodel_demo.training.settings import Settings
+from finetune_chatmodel_demo.training.start_plan import describe_dry_run, warn_of_memory
 from finetune_chatmodel_demo.training.stopping import RunStopped, StopOnSignal
 from finetune_chatmodel_demo.training.zero import take_up_other_processes
 
@@ -39,14 +40,14 @@ SETTINGS_FILE = "settings.json"
 logger = logging.getLogger(__name__)
 
 
-def run_finetuning(settings: Settings) -> RunTrainer:
+def run_finetuning(settings: Settings) -> RunTrainer | None:
     """Trains, validates and saves; or, with --do_eval or --do_predict alone, only that.
 
     Args:
         settings: the decided run.
 
     Returns:
-        The trainer, with the trained model and the log.
+        The trainer, with the trained model and the log; None after --dry_run.
 
     Raises:
         SettingsError: when the model cannot be loaded.
@@ -59,6 +60,9 @@ def run_finetuning(settings: Settings) -> RunTrainer:
     tokenizer = load_tokenizer(settings.model.model_name_or_path)
     # Data first: its errors show before gigabytes of weights are read.
     data = _read_data(settings, tokenizer)
+    if settings.run.dry_run:
+        _print_dry_run(settings, data)
+        return None
     model = prepare_model(settings)
     trainer = trainer_class(settings.stage.stage)(model, settings, tokenizer, data.train, data.validation)
     trainer.add_callback(TrainerLogCallback(args.output_dir))
@@ -123,9 +127,21 @@ def _print_start(settings: Settings, trainer: RunTrainer, tokenizer: Any, data: 
     print(data.table)
     if settings.does_train:
         print(f"the run:\n{describe_start(settings, trainer)}")
-    for notice in settings.notices + _changes_since(settings, trainer):
+    warnings = warn_of_memory(settings, data.train) if settings.does_train else []
+    for notice in settings.notices + warnings + _changes_since(settings, trainer):
         print(f"note: {notice}")
     print(flush=True)
+
+
+def _print_dry_run(settings: Settings, data: StageData) -> None:
+    """Everything that is known before the model is loaded."""
+    if not settings.training.should_log:
+        return
+    print(data.table)
+    print(describe_dry_run(settings, data.train))
+    for notice in settings.notices:
+        print(f"note: {notice}")
+    print("nothing was trained or written (--dry_run)", flush=True)
 
 
 def _changes_since(settings: Settings, trainer: RunTrainer) -> list[str]:
