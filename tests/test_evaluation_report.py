@@ -5,6 +5,7 @@ import math
 import random
 import re
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -386,7 +387,12 @@ def test_the_page_is_whole_and_loads_nothing(compared, tmp_path):
     assert {"svg", "table", "details"} <= page.seen
     text = "".join(page.text)
     assert 'alert("x")' in text and "50.0% (15.0% to 85.0%)" in text
-    assert html.count("<svg") == 2
+    charts = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
+    assert len(charts) == 2
+    for chart in charts:
+        width = float(ElementTree.fromstring(chart).attrib["viewBox"].split()[2])
+        bars = re.findall(r'<rect x="([\d.]+)" y="[\d.]+" width="([\d.]+)"', chart)
+        assert bars and all(float(x) + float(wide) <= width for x, wide in bars)
     assert math.isclose(len(json.loads((folder / "report.json").read_text(encoding="utf-8"))["candidates"]), 3)
     lines = (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 54
