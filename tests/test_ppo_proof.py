@@ -101,7 +101,8 @@ def summarise(trainer, name: str, seed: int) -> dict[str, float]:
     updates = [entry for entry in log if "loss" in entry]
     greedy = [entry["eval_reward"] for entry in log if "eval_reward" in entry]
     mean = {key: sum(entry[key] for entry in updates[-3:]) / 3 for key in ("reward", "kl", "kl_k3", "entropy")}
-    figures = {"drawn_before": updates[0]["reward"], "drawn": mean["reward"], "kl": mean["kl"], "kl_k3": mean["kl_k3"]}
+    figures = {"drawn_before": updates[0]["reward"], "deviation_before": updates[0]["reward_std"]}
+    figures |= {"drawn": mean["reward"], "kl": mean["kl"], "kl_k3": mean["kl_k3"]}
     figures |= {"greedy_before": greedy[0], "greedy": greedy[-1], "entropy": mean["entropy"]}
     print(name, seed, json.dumps({key: round(value, 3) for key, value in figures.items()}))
     return figures
@@ -157,7 +158,7 @@ def reward_model(folder, tiny_folder) -> Path:
         "validation_file": folder / "pairs_validation.jsonl",
         "learning_rate": 2e-3,
         "per_device_train_batch_size": 16,
-        "max_steps": 25,
+        "max_steps": 30,
         "logging_steps": 5,
         "save_strategy": "no",
     }
@@ -169,11 +170,11 @@ def reward_model(folder, tiny_folder) -> Path:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_reward_model_as_reward(folder, tiny_folder, reward_model, tmp_path, seed):
-    # Its scores lie further apart than the rule's 0 and 1, so the KL weighs more.
-    options = {"reward_model": reward_model, "ppo_kl_coef": 0.2}
+    # Its scores have a scale of their own, which the KL's coefficient should not depend on.
+    options = {"reward_model": reward_model, "ppo_score_norm": True, "ppo_kl_coef": 0.1}
     trainer = train_policy(folder, tiny_folder, tmp_path / "o", seed=seed, **options)
     figures = summarise(trainer, "reward model", seed)
-    assert figures["drawn"] > figures["drawn_before"] + 1
+    assert figures["drawn"] > figures["drawn_before"] + 0.6 * figures["deviation_before"]
     assert max(figures["kl"], figures["kl_k3"]) < LARGEST_KL
     # What the reward model was taught, on questions that neither has seen.
     tokenizer = trainer.tokenizer_to_save
