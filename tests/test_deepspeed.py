@@ -305,9 +305,10 @@ def test_configurations_take_their_precision_from_the_flags(files, tmp_path, nam
 
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[])
     args.bf16, args.fp16 = precision == "bf16", precision == "fp16"
+    model = load_model(files.model)  # before a configuration of ZeRO-3 is there, which would share it out
     hf_config = HfTrainerDeepSpeedConfig(str(CONFIGS / f"{name}.json"))
     hf_config.trainer_config_process(args)
-    hf_config.trainer_config_finalize(args, load_model(files.model), 10)
+    hf_config.trainer_config_finalize(args, model, 10)
     config = DeepSpeedConfig(hf_config.config)
     assert "auto" not in json.dumps(hf_config.config)
     assert (config.bfloat16_config.enabled, config.float16_config.enabled) == (args.bf16, args.fp16)
