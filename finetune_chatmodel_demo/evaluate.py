@@ -187,10 +187,12 @@ def report(arguments: argparse.Namespace) -> None:
         raise UsageError(f"give one of --csv, --questions_file and --data (got {found}); --help says what each asks")
     if arguments.output and not arguments.output.resolve().parent.is_dir():
         raise UsageError(f"--output {arguments.output}: there is no folder {arguments.output.resolve().parent}")
+    unfit = {"data": ("report", "template", "groups", "train_file", "probes", "hold_out")}
+    unfit["questions_file"] = ("template", "max_questions", "hold_out")  # they were decided when the file was made
+    for flag in unfit.get(ways[0], ()):
+        if getattr(arguments, flag):
+            raise UsageError(f"--{flag} goes with --csv, not with --{ways[0]}")
     if ways == ["data"]:
-        for flag in ("report", "template", "groups", "train_file", "probes", "hold_out"):
-            if getattr(arguments, flag):
-                raise UsageError(f"--{flag} goes with --csv, not with --data")
         report_files(arguments)
     else:
         report_facts(arguments)

@@ -238,6 +238,7 @@ def test_tables_align_wide_characters():
             "give one of --csv, --questions_file and --data (got --csv and --data)",
         ),
         (["--data", "{data}", "--report", "x"], "--report goes with --csv, not with --data"),
+        (["--questions_file", "{data}", "--hold_out", "0.2"], "--hold_out goes with --csv, not with --questions_file"),
         (["--csv", "x.csv"], "--csv needs --template"),
         (["--csv", "x.csv", "--template", "{kanto}"], "x.csv does not exist"),
         (["--csv", "{csv}", "--template", "{kanto}", "--groups", "seen"], "unknown group of questions 'seen'"),
