@@ -27,6 +27,7 @@ MODEL = REPOSITORY / "THUDM" / "chatglm3-tiny"
 TEMPLATE = REPOSITORY / "data_processing" / "templates" / "pokemon_kanto.yaml"
 RUNS = REPOSITORY / "tests" / "benchmarks" / "results" / "sweep_prefix.jsonl"
 DATA_SEED = 42
+QUICK_LIMIT = 4
 LONGEST_REPLY = 40
 # Texts that a prefix can start as. "dialogue" is what training shows: the first conversations of the training file.
 DIALOGUE, INSTRUCTION = "dialogue", "instruction"
@@ -94,12 +95,13 @@ def quick_plan() -> dict[str, list[Setting]]:
 class Sweep:
     """Makes the runs that are still missing."""
 
-    def __init__(self, runs: Path) -> None:
+    def __init__(self, runs: Path, limit: int | None = None) -> None:
         """
         Args:
             runs: JSON lines, one for each finished run.
+            limit: Pokémon to make conversations about; default: all 151.
         """
-        self.runs = runs
+        self.runs, self.limit = runs, limit
         self.results: dict[str, dict[str, Any]] = {}
         if runs.is_file():
             for line in runs.read_text(encoding="utf-8").splitlines():
@@ -110,7 +112,7 @@ class Sweep:
         """Trains and asks; each result is written at once."""
         missing = [setting for setting in dict.fromkeys(settings) if setting.key not in self.results]
         with tempfile.TemporaryDirectory() as scratch:
-            files = write_data(Path(scratch)) if missing else {}
+            files = write_data(Path(scratch), self.limit) if missing else {}
             for number, setting in enumerate(missing, start=1):
                 print(f"run {number} of {len(missing)}: {setting}", file=sys.stderr, flush=True)
                 result = {"setting": asdict(setting)} | self.measure(setting, files)
@@ -134,7 +136,7 @@ class Sweep:
         }
 
 
-def write_data(folder: Path) -> dict[str, Path]:
+def write_data(folder: Path, limit: int | None) -> dict[str, Path]:
     """The Kanto conversations, made anew: trained and unseen wordings."""
     from data_processing.csv_rows import CsvRows
     from data_processing.data_processing import convert
@@ -142,7 +144,7 @@ def write_data(folder: Path) -> dict[str, Path]:
 
     files = {"train": folder / "train.json", "validation": folder / "validation.json"}
     rows = CsvRows(REPOSITORY / "data_processing" / "data.csv")
-    convert(rows, load_template(TEMPLATE), files, seed=DATA_SEED)
+    convert(rows, load_template(TEMPLATE), files, seed=DATA_SEED, limit=limit)
     return files
 
 
@@ -219,7 +221,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--runs", type=Path, default=RUNS, help="finished runs, JSON lines (%(default)s)")
     parser.add_argument("--report", type=Path, help="folder for sweep_prefix.md and sweep_prefix.png")
     parser.add_argument("--report_only", action="store_true", help="make no run, report on the finished ones")
-    parser.add_argument("--quick", action="store_true", help="3 runs of 2 steps, 4 questions")
+    parser.add_argument("--quick", action="store_true", help="3 runs of 2 steps on 4 Pokémon")
     parser.add_argument("--threads", type=int, help="torch's threads")
     return parser.parse_args(arguments)
 
@@ -240,7 +242,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     groups = quick_plan() if options.quick else plan()
     if options.groups:
         groups = {name: groups[name] for name in options.groups.split(",")}
-    sweep = Sweep(options.runs)
+    sweep = Sweep(options.runs, QUICK_LIMIT if options.quick else None)
     if not options.report_only:
         sweep.run([setting for settings in groups.values() for setting in settings])
     report = {
