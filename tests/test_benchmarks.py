@@ -12,6 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent / "benchmarks"))
 
 import bench_decoding
+import bench_gpu
 import bench_training
 from benchmark_helpers import ModelSize, summarize
 from pokemon_rows import choose_by_length
@@ -151,3 +152,49 @@ def test_command_measures_memory(tmp_path):
     # The padded side holds 319 × 65,024 float32 logits and their gradient, 79 MiB each; ours a part of the rows.
     assert memory["original"]["step_mib"] > 2 * 79
     assert memory["ours"]["step_mib"] < memory["original"]["step_mib"]
+
+
+SMALL_GPU = ["--device", "cpu", "--small", "--steps", "1", "--threads", "1"]
+
+
+@pytest.mark.slow
+def test_gpu_report_on_the_cpu(tmp_path):
+    output = tmp_path / "gpu.json"
+    report = bench_gpu.main([*SMALL_GPU, "--output", str(output)])
+    assert json.loads(output.read_text(encoding="utf-8")) == report
+    results = report["results"]
+    assert list(results) == list(bench_gpu.SECTIONS)
+    runs = [
+        *(results["ptuning"][policy] for policy in bench_gpu.POLICIES),
+        *(results["lora"][policy] for policy in ("mlp", "full")),
+        *(results["packed"][policy] for policy in ("none", "full")),
+        *(results["quantized"][name] for name in ("nf4", "int8")),
+    ]
+    assert [run.get("error") for run in runs] == [None] * 9
+    # Random weights know nothing: the loss is about the logarithm of the vocabulary of 512.
+    assert all(run["loss"] == pytest.approx(np.log(512), rel=0.25) and run["planned_gib"] > 0 for run in runs)
+    assert results["decoding"]["replies_differ"]
+    assert results["grouped_keys"]["largest_difference"] < 0.05
+    assert report["plan_against_measured"] == {"settings": {}, "all_within_10_percent": None}
+
+
+def test_a_failed_section_is_reported_and_the_rest_goes_on(monkeypatch):
+    def fail(*arguments):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setitem(bench_gpu.RUNS, "ptuning", fail)
+    report = bench_gpu.main([*SMALL_GPU, "--sections", "ptuning,matmul"])
+    assert report["results"]["ptuning"]["error"] == "OutOfMemoryError: no memory"
+    assert report["results"]["matmul"]["teraflops"] > 0
+
+
+def test_useful_operations_and_plans_of_a_gpu_report():
+    options = bench_gpu.parse_arguments(["--conversations", "1", "--tokens", "4", "--prefix", "2"])
+    config = bench_gpu.make_config(bench_gpu.parse_arguments([*SMALL_GPU]))
+    linear = 2 * (128 * (128 + 2 * 64) + 128 * 128 + 3 * 128 * 192)
+    expected = 4 * linear * 4 + 4 * 512 * 128 * 2 + 12 * 2 * 128 * (4 * (2 + 2.5))
+    assert bench_gpu.count_flops(options, config, supervised=2) == expected
+    sizes = {"x": {"planned_gib": 9.5, "allocated_gib": 10.0}, "y": {"planned_gib": 12.0, "allocated_gib": 10.0}}
+    compared = bench_gpu.compare_plans({"a": sizes})
+    assert [one["planned_over_measured"] for one in compared["settings"].values()] == [0.95, 1.2]
+    assert compared["all_within_10_percent"] is False

@@ -1,4 +1,4 @@
-"""The formula of the memory plan against what is allocated: kept by autograd, peaks of whole steps, quantized weights."""
+"""The formula of the memory plan against what is allocated: by autograd, in whole steps, for quantized weights."""
 
 import copy
 import itertools

@@ -26,17 +26,16 @@ def read_gpu_memory(text: str) -> float:
     Raises:
         SettingsError: for an unknown name.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:gi?b?)?\s*", text, re.IGNORECASE)
-    if found:
-        return float(found[1]) * GIB * USABLE_SHARE
 
     def plain(name: str) -> str:
         return re.sub(r"nvidia|geforce|tesla|[\s_-]", "", name.lower())
 
-    wanted = plain(text)
     for name, size in GPUS.items():
-        if wanted in (plain(name), plain(name).removeprefix("rtx")):
+        if plain(text) in (plain(name), plain(name).removeprefix("rtx")):
             return size * GIB * USABLE_SHARE
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:gi?b?)?\s*", text, re.IGNORECASE)
+    if found and float(found[1]) > 0:
+        return float(found[1]) * GIB * USABLE_SHARE
     raise SettingsError(f"--gpu_memory {text!r} is neither a number of GB nor one of {', '.join(GPUS)}")
 
 
