@@ -2,8 +2,13 @@
 
 import copy
 import itertools
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
+import memory_helpers
 import pytest
 import torch
 from memory_helpers import LORA_RANK, Case, PeakCounter, build_model, measure_kept, measure_peak
@@ -29,6 +34,8 @@ from finetune_chatmodel_demo.training.parameter_counts import (
     count_parameters,
     count_prefix,
 )
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "benchmarks"))
 
 SMALL = ChatGLM3Config(
     num_layers=4, hidden_size=256, ffn_hidden_size=700, num_attention_heads=4, multi_query_group_num=2, kv_channels=64,
@@ -96,7 +103,11 @@ def name_of(case: Case) -> str:
     return f"{case.method}-{case.policy}-{'bf16' if case.is_half else 'fp32'}-{size}{packed}-{case.rows}"
 
 
-@pytest.mark.parametrize("case", cases(), ids=name_of)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(one, marks=[pytest.mark.slow] if one.config is LARGER else []) for one in cases()],
+    ids=[name_of(one) for one in cases()],
+)
 def test_formula_against_allocations(case: Case):
     shape = shape_of(case)
     assert planned_kept(shape) == pytest.approx(measure_kept(case), rel=0.1)
@@ -211,3 +222,25 @@ def test_quantization_leaves_the_head_alone():
     model = ChatGLM3ForCausalLM(copy.deepcopy(SMALL))
     linear = [m for name, m in model.named_modules() if isinstance(m, Linear) and "lm_head" not in name]
     assert sum(m.weight.numel() for m in linear) == count_parameters(SMALL)["linear"]
+
+
+@pytest.mark.parametrize("policy", ["none", "full"])
+def test_peak_on_a_base_of_four_bits(policy, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    from bench_gpu import build_model as build_random
+
+    # bitsandbytes on a CPU wants widths that are multiples of 64.
+    config = ChatGLM3Config(**{**SMALL.to_dict(), "ffn_hidden_size": 704})
+    case = Case(config, "ptuning", policy, True, tokens=512)
+
+    def build(case: Case) -> torch.nn.Module:
+        model = build_random(SimpleNamespace(device="cpu"), case.config, bits=4)
+        model.add_prefix(case.prefix)
+        model.train()
+        if policy == "full":
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        return model
+
+    monkeypatch.setattr(memory_helpers, "build_model", build)
+    shape = replace(shape_of(case), quantization_bit=4)
+    assert plan_memory(shape).total == pytest.approx(measure_peak(case), rel=0.1)

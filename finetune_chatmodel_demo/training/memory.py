@@ -270,6 +270,8 @@ def _one_layer(shape: RunShape) -> float:
     # Where gate and up meet: the gradients of their product (in place of what trained weights kept) and of both; and
     # of the residual stream.
     wide = 2 if shape.trains_weights else 3
+    if shape.quantization_bit == 8:
+        wide = 5  # int32 and float16 results of gate and up while bitsandbytes multiplies: on paper, not measured
     gradients = wide * number * config.ffn_hidden_size + 2 * shape.residual_bytes * config.hidden_size
     largest = max(inputs * outputs for inputs, outputs in linear_sizes(config).values())
     matrix = 0

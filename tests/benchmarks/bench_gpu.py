@@ -2,11 +2,17 @@
 
     python tests/benchmarks/bench_gpu.py --output tests/benchmarks/results/gpu.json
 
-Sections (--sections a,b,c): `matmul` the matrix peak of the GPU; `ptuning` steps at batch 1 × 2,048 with a prefix of
-128, for each policy of gradient checkpointing; `quantized` the same on NF4 and int8 bases; `lora`; `packed` rows
-of 2,048 through FlexAttention, tokens per second and share of the matrix peak; `decoding` with the prefix against without;
-`grouped_keys` one attention layer with repeated keys against `enable_gqa`, an option that is not in use. A section that
-fails is reported as its error, and the others go on. `--device cpu --small` only shows that it runs.
+Sections (--sections a,b,c):
+
+    matmul         the matrix peak of the GPU
+    ptuning        steps at batch 1 × 2,048 with a prefix of 128, for each policy of gradient checkpointing
+    quantized      the same on NF4 and int8 bases
+    lora           the same with LoRA
+    packed         rows of 2,048 through FlexAttention: tokens per second, share of the matrix peak
+    decoding       with the prefix against without
+    grouped_keys   attention with repeated keys against `enable_gqa`, an option that is not in use
+
+A section that fails is reported as its error, and the others go on. `--device cpu --small` shows that the program runs.
 """
 
 import argparse
