@@ -63,8 +63,8 @@ class Setting:
 def plan() -> dict[str, list[Setting]]:
     """The settings by what they vary.
 
-    What matters most, learning rate and start, is measured in a third of the quickstart's steps, the rest in a ninth
-    with fewer questions: enough to see what helps and what hurts.
+    What matters most, learning rate and start, is measured in a third of the quickstart's 900 steps, the rest in a
+    ninth with fewer questions: enough to see what helps and what hurts.
     """
     base, short = Setting(steps=300), Setting(steps=100, questions=100)
     return {
@@ -79,7 +79,11 @@ def plan() -> dict[str, list[Setting]]:
         "prefix length": [replace(short, pre_seq_len=length) for length in (8, 32, 64, 128)],
         "dropout": [replace(short, dropout=dropout) for dropout in (0.0, 0.1, 0.3)],
         "warm-up": [replace(short, warmup=warmup) for warmup in (0.0, 0.03, 0.1)],
-        "seed": [replace(short, seed=seed) for seed in (42, 43)],
+        "start and seed": [replace(base, init=init, seed=seed) for init in ("1.0", "0.5") for seed in (42, 43)],
+        "longer run": [
+            replace(base, steps=900, learning_rate=rate, init=init)
+            for rate, init in ((0.02, "1.0"), (0.15, "1.0"), (0.15, "0.5"))
+        ],
     }
 
 

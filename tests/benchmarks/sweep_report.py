@@ -21,7 +21,8 @@ VARIED = {
     "prefix length": ("pre_seq_len",),
     "dropout": ("dropout",),
     "warm-up": ("warmup",),
-    "seed": ("seed",),
+    "start and seed": ("init", "seed"),
+    "longer run": ("learning_rate", "init"),
 }
 PANELS_PER_ROW = 4
 COLUMNS = ("exact, trained wordings", "exact, unseen wordings", "validation loss")
@@ -49,6 +50,8 @@ def _name_value(key: str, value: Any) -> str:
         return f"N(0, {value}²)" if value[0].isdigit() else f"text: {value}"
     if key == "projection":
         return "projection" if value else "none"
+    if key == "seed":
+        return f"seed {value}"
     if key == "warmup":
         return f"{value:.0%}"
     return f"{value:g}"
