@@ -22,6 +22,7 @@ VARIED = {
     "dropout": ("dropout",),
     "warm-up": ("warmup",),
     "start and seed": ("init", "seed"),
+    "what was better in 100 steps": ("projection", "learning_rate", "dropout"),
     "longer run": ("learning_rate", "init"),
 }
 PANELS_PER_ROW = 4
@@ -49,9 +50,9 @@ def _name_value(key: str, value: Any) -> str:
     if key == "init":
         return f"N(0, {value}²)" if value[0].isdigit() else f"text: {value}"
     if key == "projection":
-        return "projection" if value else "none"
-    if key == "seed":
-        return f"seed {value}"
+        return "projection" if value else "no projection"
+    if key in ("seed", "dropout"):
+        return f"{key} {value:g}"
     if key == "warmup":
         return f"{value:.0%}"
     return f"{value:g}"
