@@ -308,6 +308,62 @@ def test_yes_and_no(national, subject, reply, expected):
     assert outcome(national, "传说", reply, subject) == expected
 
 
+@pytest.mark.parametrize(
+    ("subject", "column", "reply"),
+    [
+        ("皮卡丘", "属性", "皮卡丘是一种电属性的宝可梦。它的特性是静电，隐藏特性是避雷针。"),
+        ("妙蛙种子", "弱点", "根据资料，妙蛙种子的弱点包括：火、冰、飞行和超能力属性的攻击。"),
+        ("妙蛙种子", "身高", "妙蛙种子的身高约为0.7米，体重约6.9千克。"),
+        ("妙蛙种子", "属性", "妙蛙种子是草系和毒系双属性宝可梦，属于第一世代。"),
+        ("妙蛙种子", "世代", "它是第一世代登场的宝可梦。"),
+        ("妙蛙种子", "特征", "普通特性是茂盛，隐藏特性是叶绿素。"),
+        ("妙蛙种子", "编号", "No.1"),
+        ("妙蛙种子", "编号", "它在全国图鉴中排第1位。"),
+        ("妙蛙种子", "编号", "0001"),
+        ("妙蛙种子", "免疫", "没有任何属性对它完全无效。"),
+        ("妙蛙种子", "进化自", "妙蛙种子不会由其他宝可梦进化而来。"),
+        ("妙蛙草", "进化等级", "妙蛙种子升到16级时会进化成妙蛙草。"),
+        ("妙蛙种子", "蛋群", "它属于怪兽群和植物群。"),
+    ],
+)
+def test_chatty_replies_are_understood(national, subject, column, reply):
+    assert outcome(national, column, reply, subject) == "exact"
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        ("妙蛙种子", "exact"),
+        ("妙蛙草是妙蛙种子的进化形态。", "exact"),
+        ("妙蛙草由妙蛙种子进化而来。", "exact"),
+        ("妙蛙种子不是由别的宝可梦进化来的。", "wrong"),
+        ("妙蛙种子没有进化前的形态。", "wrong"),
+        ("妙蛙种子的属性是草、毒。", "wrong"),
+        ("妙蛙种子是种子宝可梦。", "wrong"),
+        ("妙蛙草是由妙蛙草进化来的。", "wrong"),
+        ("妙蛙草是由妙蛙花进化来的。", "wrong"),
+    ],
+)
+def test_a_name_is_a_value_only_where_it_is_the_answer(kanto, reply, expected):
+    """妙蛙草由谁进化来？ A sentence about 妙蛙种子 is no answer, although it has the right name in it."""
+    assert outcome(kanto, "进化自", reply, "妙蛙草") == expected
+
+
+@pytest.mark.parametrize(
+    ("subject", "column", "reply", "expected"),
+    [
+        # What is true but unasked, and has no heading that says what it is, counts as a value too many.
+        ("妙蛙种子", "弱点", "作为草系和毒系宝可梦，妙蛙种子害怕火系、冰系、飞行系和超能力系的招式。", "partial"),
+        # What the table cannot confirm is not given the benefit of the doubt.
+        ("妙蛙草", "进化自", "妙蛙草是妙蛙种子进化而来的，之后还能进化成妙蛙花。", "wrong"),
+        ("妙蛙种子", "捕获率", "捕获率是45（约5.9%）。", "wrong"),
+        ("妙蛙种子", "颜色", "绿色的，带一点蓝色。", "wrong"),
+    ],
+)
+def test_where_the_checker_is_stricter_than_a_reader(national, subject, column, reply, expected):
+    assert outcome(national, column, reply, subject) == expected
+
+
 def test_labels_keep_numbers_apart(national):
     stats = "妙蛙种子的HP是45，攻击是49，防御是49，特攻是65，特防是65，速度是45。"
     for column in ("HP", "攻击", "特攻", "速度"):

@@ -26,7 +26,7 @@ for _measure, _units in MEASURES.items():
     for _entry in _units.split(", "):
         _name, _factor = _entry.split(" ")
         UNITS[unicodedata.normalize("NFKC", _name)] = (_measure, Decimal(_factor))
-NUMBER = re.compile(r"(?<![\d.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?!\.?\d)")
+NUMBER = re.compile(r"(?<!\d)(?<!\d\.)-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?!\.?\d)")
 SEPARATORS = ("、", ";", "|", "/", ",")
 YES = frozenset({"1", "是", "有", "true", "yes"})
 NO = frozenset({"0", "否", "无", "没有", "false", "no"})

@@ -23,18 +23,24 @@ COMMON_WORDS = re.compile(r"一般(?:来说|来讲|而言|情况|都|会|在|能
 # Counting words: 两种属性, 第1世代 and 6项 are no values.
 COUNTED = re.compile(r"\s?(?:种|只|个|位|世代|代|项|条|名|类|步|句)")
 HEADING_LINK = r"(?:种族值|属性|数值|值)?\s?(?:分别)?(?:是|为|:|=|有|包括|包含|写着|大约|约|达到|(?=\d))"
+# A word this long needs no boundary behind it (第一世代登场): no longer word begins with it.
+LONG_WORD = 4
 # What stands before a heading that is about the subject: its name (blanked out), a pronoun, or a word that joins.
 HEADING_OWNER = re.compile(r"(?:(?:\0|[它他她该其]|宝可梦|家伙)的?|[和及与而且])$")
 # A made-up item behind (草、光) or before (光、草) a known one. What begins with a pronoun or the like is no item.
 JOIN = r"(?:、|/|或者|或是|或(?![者是])|以及|及|和|与)"
 JOINED_BEHIND = re.compile(rf"\s?{JOIN}\s?((?![它他她其这那还都也等两三四不没])[^\W\d_][^\W_]{{0,7}})")
 JOINED_BEFORE = re.compile(r"[是为有叫怕用:,。!\s]([^\W\d_是为有的]{1,6})(?:、|/|或者|或|和|与)$")
+# Behind a name: 妙蛙种子的属性…, 妙蛙种子没有…; but 妙蛙种子的进化形态 is somebody else.
+OWNS = re.compile(r"的(?!进化)|(?:并)?(?:没有?|不|无)")
 CHINESE_DIGITS = "零一二三四五六七八九"
-CHINESE_NUMBER = re.compile(r"[零〇一二两三四五六七八九十百千万]+(?:点[零〇一二三四五六七八九]+)?")
+CHINESE_NUMBER = re.compile(
+    r"(?<![\d.])[零〇一二两三四五六七八九十][零〇一二两三四五六七八九十百千万]*(?:点[零〇一二三四五六七八九]+)?"
+)
 # Beside these a value still stands by itself, and so it does beside what is no Chinese letter, beside another known
 # word, and beside what the template's own answers put there.
 LEFT_NEIGHBOURS = frozenset(
-    "是为叫做作成于有的被由从到在和与及或以跟同带怕呈归写着称名自属算指即含它只会还而就约者用让对以"
+    "是为叫做作成于有的被由从到在和与及或以跟同带怕呈归写着称名自属算指即含它只会还而就约者用让对种个"
 )
 RIGHT_NEIGHBOURS = frozenset("属系的和与及或以跟同色类型招两三四种这是也都会能吧呢啊哦喔呀了时等双单为宝群")
 
@@ -149,7 +155,16 @@ class _Reader:
         names_subjects = owner.column in self.table.naming_columns
         if names_subjects and self.subject in token.subjects:
             return token.text in self.expected
+        if names_subjects and token.subjects and self._is_owner(token):
+            return False
         return owner.column in token.columns or (names_subjects and bool(token.subjects))
+
+    def _is_owner(self, token: Token) -> bool:
+        """Is the name no answer, but the one of whom something else is said (妙蛙种子的属性是草, 妙蛙种子没有弱点)?"""
+        rest = self.masked[token.end :]
+        following = next((other for other in self.tokens if other.start > token.start), None)
+        says_what_it_is = rest.startswith("是") and following and following.start == token.end + 1
+        return bool(OWNS.match(rest) or (says_what_it_is and not following.subjects))
 
     def _stands_alone(self, token: Token, owner: Field) -> bool:
         """Is this the word itself, and not a part of a longer one that the table does not know?"""
@@ -157,7 +172,8 @@ class _Reader:
         right = self.text[token.end : token.end + 1] or " "
         is_left = not (is_cjk(left) and is_cjk(token.text[0])) or left in LEFT_NEIGHBOURS or left in owner.left
         is_right = not (is_cjk(right) and is_cjk(token.text[-1])) or right in RIGHT_NEIGHBOURS or right in owner.right
-        return (is_left or token.start in self._token_ends) and (is_right or token.end in self._token_starts)
+        is_right = is_right or token.end in self._token_starts or len(token.text) >= LONG_WORD
+        return (is_left or token.start in self._token_ends) and is_right
 
     def _unknown_neighbours(self, token: Token) -> Iterator[str]:
         """What is joined to a value by 、 or 和 and is no word of the table: another value, made up."""
@@ -242,7 +258,8 @@ def find_numbers(text: str, units: frozenset[str], measures: frozenset[str]) -> 
     """
     for match in NUMBER.finditer(text):
         unit = _unit_behind(text, match.end(), units)
-        if unit or not COUNTED.match(text, match.end()):
+        is_ordinal = text[: match.start()].endswith("第") and text[match.end() :].startswith(("位", "名"))
+        if unit or is_ordinal or not COUNTED.match(text, match.end()):
             yield Number(match.start(), canonical(Decimal(match[0].replace(",", ""))), unit)
     for match in CHINESE_NUMBER.finditer(text):
         unit = _unit_behind(text, match.end(), units)
