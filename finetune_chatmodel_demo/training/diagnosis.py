@@ -94,6 +94,8 @@ class LearningWatch(TrainerCallback):
         self._guessing = math.log(model.config.vocab_size) if hasattr(model, "config") else None
         self._parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.losses = spread_log(state.log_history)
+        if not state.is_world_process_zero:
+            return
         if self.report is not None:
             self._check_data()
         self._check_reach(args, state, model, kwargs.get("lr_scheduler"))
