@@ -12,7 +12,8 @@ from typing import Any
 
 from finetune_chatmodel_demo.evaluation.facts import FactTable
 from finetune_chatmodel_demo.evaluation.fields import NO, UNITS, YES, Field, normalize
-from finetune_chatmodel_demo.evaluation.reading import CLAUSE_BREAK, NEGATION, Number, Reading, convert, read_reply
+from finetune_chatmodel_demo.evaluation.numbers import Number, convert
+from finetune_chatmodel_demo.evaluation.reading import CLAUSE_BREAK, NEGATION, Reading, read_reply
 
 OUTCOMES = ("exact", "partial", "wrong", "missing")
 IGNORANCE = re.compile(
@@ -89,6 +90,9 @@ def check_reply(
         return _wrong(reading, items, f"speaks about {', '.join(sorted(others))}")
     if field.kind == "flag":
         return _check_flag(table, field, reading, items)
+    for item, columns in reading.asides.items():
+        if not any(item in table.items(subject, other) for other in columns or table.fields):
+            reading.stated.add(item)
     if false_column := _false_column(table, subject, reading):
         return _wrong(reading, items, f"false about {false_column}")
     if not items:

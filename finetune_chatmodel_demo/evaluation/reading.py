@@ -7,11 +7,11 @@ import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from decimal import Decimal
 from functools import cached_property
 
 from finetune_chatmodel_demo.evaluation.facts import FactTable, Token, is_cjk
-from finetune_chatmodel_demo.evaluation.fields import NUMBER, UNITS, Field, canonical, normalize
+from finetune_chatmodel_demo.evaluation.fields import UNITS, Field, normalize
+from finetune_chatmodel_demo.evaluation.numbers import Number, convert, find_numbers, measures_of, units_of
 
 SENTENCE = re.compile(r"[^。!?;\n]*(?:[。!?;\n]+|$)")
 QUESTION_END = re.compile(r"\?|吗[。!;\n]*$")
@@ -20,8 +20,6 @@ CLAUSE_BREAK = re.compile(r"[,。!?;:\n\"]|而是|但是|但|而")
 NEGATION = re.compile(r"不(?![过仅只止光但错知同论如管])|没(?!错|问题|事)|无(?!论|疑)|[并而绝]非")
 # Adverbs that look like items of the Pokémon table (一般 is a type).
 COMMON_WORDS = re.compile(r"一般(?:来说|来讲|而言|情况|都|会|在|能|可以|需要|只|不)")
-# Counting words: 两种属性, 第1世代 and 6项 are no values.
-COUNTED = re.compile(r"\s?(?:种|只|个|位|世代|代|项|条|名|类|步|句)")
 HEADING_LINK = r"(?:种族值|属性|数值|值)?\s?(?:分别)?(?:是|为|:|=|有|包括|包含|写着|大约|约|达到|(?=\d))"
 # A word this long needs no boundary behind it (第一世代登场): no longer word begins with it.
 LONG_WORD = 4
@@ -33,25 +31,12 @@ JOINED_BEHIND = re.compile(rf"\s?{JOIN}\s?((?![它他她其这那还都也等两
 JOINED_BEFORE = re.compile(r"[是为有叫怕用:,。!\s]([^\W\d_是为有的]{1,6})(?:、|/|或者|或|和|与)$")
 # Behind a name: 妙蛙种子的属性…, 妙蛙种子没有…; but 妙蛙种子的进化形态 is somebody else.
 OWNS = re.compile(r"的(?!进化)|(?:并)?(?:没有?|不|无)")
-CHINESE_DIGITS = "零一二三四五六七八九"
-CHINESE_NUMBER = re.compile(
-    r"(?<![\d.])[零〇一二两三四五六七八九十][零〇一二两三四五六七八九十百千万]*(?:点[零〇一二三四五六七八九]+)?"
-)
 # Beside these a value still stands by itself, and so it does beside what is no Chinese letter, beside another known
 # word, and beside what the template's own answers put there.
 LEFT_NEIGHBOURS = frozenset(
     "是为叫做作成于有的被由从到在和与及或以跟同带怕呈归写着称名自属算指即含它只会还而就约者用让对种个"
 )
 RIGHT_NEIGHBOURS = frozenset("属系的和与及或以跟同色类型招两三四种这是也都会能吧呢啊哦喔呀了时等双单为宝群")
-
-
-@dataclass(frozen=True)
-class Number:
-    """A number in a text: where it starts, its value, and its unit as written (empty: none)."""
-
-    start: int
-    value: Decimal
-    unit: str
 
 
 @dataclass
@@ -64,6 +49,8 @@ class Reading:
         stated: items and numbers that it gives for the asked column.
         denied: those that it negates.
         embedded: items inside a longer word that the table does not know (大种子宝可梦).
+        asides: what it says in passing before it comes to the point (妙蛙种子是草属性，所以它的弱点是…), with the columns
+            that are named beside it.
         unknown: what it lists beside known items, and nobody in the table has (草、毒、光).
         others: column → what it gives under that column's own heading.
         names_subject: it names the asked subject.
@@ -77,6 +64,7 @@ class Reading:
     stated: set[str] = field(default_factory=set)
     denied: set[str] = field(default_factory=set)
     embedded: set[str] = field(default_factory=set)
+    asides: dict[str, set[str]] = field(default_factory=dict)
     unknown: set[str] = field(default_factory=set)
     others: dict[str, set[str]] = field(default_factory=dict)
     names_subject: bool = False
@@ -118,6 +106,7 @@ class _Reader:
         self.questions = list(_question_spans(text))
         self.negated = list(_negated_spans(self.masked))
         self.headings = list(self._headings())
+        self.point = min((start for start, _, owner in self.headings if owner is None), default=0)
         self.reading = Reading(text, self.masked)
 
     def read(self) -> Reading:
@@ -126,8 +115,8 @@ class _Reader:
             if not _inside(token.start, self.questions):
                 self._take_token(token)
         # Where nothing can be known, every number is one too many.
-        measures = _measures_of(self.table) if self.asked else frozenset(measure for measure, _ in UNITS.values())
-        for number in find_numbers(self.masked, _units_of(self.table), measures):
+        measures = measures_of(self.table) if self.asked else frozenset(measure for measure, _ in UNITS.values())
+        for number in find_numbers(self.masked, units_of(self.table), measures):
             if not _inside(number.start, self.questions):
                 self._take_number(number)
         return self.reading
@@ -143,12 +132,21 @@ class _Reader:
                 self.reading.others.setdefault(heading, set()).add(item)
             elif is_negated and not heading:
                 self.reading.denied.add(item)
+            elif not heading and token.start < self.point:
+                self.reading.asides[item] = self._columns_named_beside(token)
             elif not heading:
                 stated = self.reading.stated if self._stands_alone(token, owner) else self.reading.embedded
                 stated.add(item)
                 self.reading.unknown.update(self._unknown_neighbours(token))
         elif token.subjects and self.subject not in token.subjects and not is_negated:
             self.reading.other_subjects.add(min(token.subjects))
+
+    def _columns_named_beside(self, token: Token) -> set[str]:
+        """Other columns whose label stands in the token's clause."""
+        start = max((match.end() for match in CLAUSE_BREAK.finditer(self.masked, 0, token.start)), default=0)
+        behind = CLAUSE_BREAK.search(self.masked, token.end)
+        clause = self.masked[start : behind.start() if behind else len(self.masked)]
+        return {column for label, column in self.table.labels.items() if label in clause and column != self.column}
 
     def _is_value(self, token: Token, owner: Field) -> bool:
         """Is the word a value of this column? Where values are names (进化自), every name but the subject's own is."""
@@ -237,70 +235,6 @@ class _Reader:
 
     def _heading_at(self, position: int) -> str | None:
         return next((owner for start, end, owner in self.headings if start <= position < end), None)
-
-
-def convert(number: Number, unit: str) -> Decimal | None:
-    """The number in `unit`; None where its own unit measures something else. A bare number has the asked unit."""
-    if number.unit in ("", unit):
-        return canonical(number.value)
-    measure, factor = UNITS.get(number.unit, (number.unit, Decimal(1)))
-    wanted, wanted_factor = UNITS.get(unit, (unit, Decimal(1)))
-    return canonical(number.value * factor / wanted_factor) if measure == wanted else None
-
-
-def find_numbers(text: str, units: frozenset[str], measures: frozenset[str]) -> Iterator[Number]:
-    """Numbers of a normalized text. 16.9 is one number and holds no 6.9.
-
-    Args:
-        units: words that are a unit when they stand directly behind a number.
-        measures: what the table measures: Chinese numbers count only before a unit of one of these (七十厘米), or with
-            a fraction (零点七).
-    """
-    for match in NUMBER.finditer(text):
-        unit = _unit_behind(text, match.end(), units)
-        is_ordinal = text[: match.start()].endswith("第") and text[match.end() :].startswith(("位", "名"))
-        if unit or is_ordinal or not COUNTED.match(text, match.end()):
-            yield Number(match.start(), canonical(Decimal(match[0].replace(",", ""))), unit)
-    for match in CHINESE_NUMBER.finditer(text):
-        unit = _unit_behind(text, match.end(), units)
-        if "点" in match[0] or (unit and UNITS.get(unit, (unit, 1))[0] in measures):
-            yield Number(match.start(), canonical(read_chinese_number(match[0])), unit)
-
-
-def _unit_behind(text: str, position: int, units: frozenset[str]) -> str:
-    """The longest unit that the text goes on with, or nothing; `m` must not be the beginning of a word."""
-    if text[position : position + 1] == " ":
-        position += 1
-    for length in range(max(map(len, units), default=0), 0, -1):
-        unit, after = text[position : position + length], text[position + length : position + length + 1]
-        goes_on = unit[-1:].isascii() and unit[-1:].isalpha() and after.isascii() and after.isalpha()
-        if len(unit) == length and unit in units and not goes_on:
-            return unit
-    return ""
-
-
-def read_chinese_number(text: str) -> Decimal:
-    """零点七 → 0.7, 一百二十 → 120."""
-    whole, _, fraction = text.replace("〇", "零").replace("两", "二").partition("点")
-    total = section = digit = 0
-    for character in whole:
-        if character in CHINESE_DIGITS:
-            digit = CHINESE_DIGITS.index(character)
-        elif character == "万":
-            total, section, digit = (total + section + digit) * 10_000, 0, 0
-        else:
-            section += (digit or 1) * {"十": 10, "百": 100, "千": 1000}[character]
-            digit = 0
-    digits = "".join(str(CHINESE_DIGITS.index(character)) for character in fraction)
-    return Decimal(f"{total + section + digit}.{digits or '0'}")
-
-
-def _units_of(table: FactTable) -> frozenset[str]:
-    return frozenset(UNITS) | {field.unit for field in table.fields.values() if field.unit}
-
-
-def _measures_of(table: FactTable) -> frozenset[str]:
-    return frozenset(UNITS.get(field.unit, (field.unit, 1))[0] for field in table.fields.values() if field.unit)
 
 
 def _question_spans(text: str) -> Iterator[tuple[int, int]]:
