@@ -49,8 +49,8 @@ class Reading:
         stated: items and numbers that it gives for the asked column.
         denied: those that it negates.
         embedded: items inside a longer word that the table does not know (大种子宝可梦).
-        asides: what it says in passing before it comes to the point (妙蛙种子是草属性，所以它的弱点是…), with the columns
-            that are named beside it.
+        asides: what it says in passing before it comes to the point (妙蛙种子是草属性，所以它的弱点是…), with the
+            columns that are named beside it.
         unknown: what it lists beside known items, and nobody in the table has (草、毒、光).
         others: column → what it gives under that column's own heading.
         names_subject: it names the asked subject.
