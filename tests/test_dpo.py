@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from preference_helpers import METHODS, build_trainer, read_evaluation, remember_runs, train, write_pairs
+from preference_helpers import METHODS, build_trainer, decide, read_evaluation, remember_runs, train, write_pairs
 from safetensors.torch import load_file
 from training_helpers import losses, make_model, read_log
 
@@ -399,6 +399,23 @@ def test_the_run_is_described(model, data, tmp_path, capsys):
     assert "  loss           hinge + 0.5 × sft, beta 0.3\n" in printed
     assert "  reference      the base model, the adapter off\n" in printed
     assert "note: --stage dpo trains without dropout" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "rate"),
+    [
+        ({"stage": "dpo", "pre_seq_len": 4}, 1e-2),
+        ({"stage": "dpo", "finetuning_type": "lora"}, 5e-6),
+        ({"stage": "dpo", "finetuning_type": "full"}, 1e-6),
+        ({"stage": "rm", "finetuning_type": "lora"}, 1e-4),
+        ({"stage": "rm", "finetuning_type": "freeze"}, 9e-6),
+        ({"stage": "dpo", "finetuning_type": "lora", "learning_rate": 1e-3}, 1e-3),
+    ],
+)
+def test_learning_rates_belong_to_stage_and_method(options, rate, model, data, tmp_path):
+    training = decide(model, data, tmp_path / "o", **options).training
+    assert training.learning_rate == rate
+    assert (training.bf16, training.gradient_checkpointing) == (False, False)  # TRL's defaults are True
 
 
 def test_results_are_in_the_files_that_users_know(model, data, tmp_path):
