@@ -143,7 +143,7 @@ def overfit(
     """
     started = time.monotonic()
     rate = settings.given.get("learning_rate") or LEARNING_RATE[settings.method]
-    most_steps = settings.given.get("max_steps") or MOST_STEPS
+    most_steps = settings.training.max_steps if settings.training.max_steps > 0 else MOST_STEPS
     trainer = _Stepper(model, float(rate), settings)
     switch_dropout_off(model)
     losses: list[float] = []
