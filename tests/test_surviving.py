@@ -76,37 +76,38 @@ def test_sigterm_saves_and_ends_and_the_run_goes_on(model, data, tmp_path, monke
 # SIGKILL
 
 
-def run_in_child(argv: list[str]) -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+def run_in_child(argv: list[str], printed: Path) -> None:
+    os.dup2(os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
     os.dup2(1, 2)
     torch.set_num_threads(1)
     os._exit(finetune.main(argv))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked, so that they start at once")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked from a server, so that they start at once")
 def test_twenty_kills_at_random_moments_lose_at_most_one_save_interval(model, data, tmp_path):
     """Kills fall where they fall: in steps, while a checkpoint is written, while old ones are removed."""
     draw = random.Random(7)
     options = {"pre_seq_len": 4, "max_steps": STEPS, "save_steps": SAVE_STEPS, "save_total_limit": 3}
     options |= {"resume_from_checkpoint": True, "plot_loss": False}
-    context = multiprocessing.get_context("fork")
-    whole = context.Process(target=run_in_child, args=(flags(model, data, tmp_path / "whole", **options),))
+    context, printed = multiprocessing.get_context("forkserver"), tmp_path / "printed"
+    context.set_forkserver_preload(["finetune_chatmodel_demo.training.workflow", "finetune_chatmodel_demo.finetune"])
+    whole = context.Process(target=run_in_child, args=(flags(model, data, tmp_path / "whole", **options), printed))
     started = time.monotonic()
     whole.start()
     whole.join()
-    assert whole.exitcode == 0
+    assert whole.exitcode == 0, printed.read_text()[-3000:]
     seconds = time.monotonic() - started
     killed, kills, reached = tmp_path / "killed", 0, 0
     for _ in range(80):
-        child = context.Process(target=run_in_child, args=(flags(model, data, killed, **options),))
+        child = context.Process(target=run_in_child, args=(flags(model, data, killed, **options), printed))
         child.start()
         child.join(timeout=draw.uniform(0.2, 0.7) * seconds)
         if child.exitcode is None:
             os.kill(child.pid, signal.SIGKILL)
             kills += 1
         child.join()
-        assert child.exitcode in (0, -signal.SIGKILL)
+        assert child.exitcode in (0, -signal.SIGKILL), printed.read_text()[-3000:]
         newest, before = checkpoints.find_last_checkpoint(killed), reached
         reached = json.loads((newest / checkpoints.MANIFEST).read_text())["step"] if newest else 0
         assert reached >= before  # nothing that was saved is lost
@@ -119,10 +120,10 @@ def test_twenty_kills_at_random_moments_lose_at_most_one_save_interval(model, da
             shutil.rmtree(killed)
             reached = 0
     assert kills == 20
-    last = context.Process(target=run_in_child, args=(flags(model, data, killed, **options),))
+    last = context.Process(target=run_in_child, args=(flags(model, data, killed, **options), printed))
     last.start()
     last.join()
-    assert last.exitcode == 0
+    assert last.exitcode == 0, printed.read_text()[-3000:]
     assert torch.equal(weights(killed), weights(tmp_path / "whole"))
     assert losses(killed) == losses(tmp_path / "whole")
     assert not list(killed.glob(f"{checkpoints.PARTIAL_PREFIX}*"))

@@ -521,6 +521,13 @@ def test_models_that_cannot_be_loaded_are_explained(prefix_run, model, data, tmp
     assert not (tmp_path / "o").exists()
 
 
+def test_the_checkpoint_that_a_run_continues_from_may_be_removed_by_it(model, data, tmp_path):
+    options = {"pre_seq_len": 4, "save_steps": 2, "save_total_limit": 1, "resume_from_checkpoint": True}
+    assert train(model, data, tmp_path / "o", max_steps=2, **options) == 0
+    assert train(model, data, tmp_path / "o", max_steps=8, **options) == 0
+    assert [path.name for path in checkpoints.list_checkpoints(tmp_path / "o")] == ["checkpoint-8"]
+
+
 def test_a_prefix_is_continued_from_a_checkpoint(prefix_run, model, data, tmp_path):
     output, _, _ = prefix_run
     options = {"ptuning_checkpoint": output, "max_steps": 1, "learning_rate": 1e-9}

@@ -74,6 +74,8 @@ def run_finetuning(settings: Settings) -> RunTrainer | None:
         _prepare_output(settings)
         if settings.does_train:
             write_run_manifest(settings, data.train)
+    # Read now: --save_total_limit may remove that checkpoint before the end.
+    resumed = read_manifest(settings.checkpoint)["step"] if settings.checkpoint else 0
     if settings.does_train:
         _train(settings, trainer)
         if stop.stopped_after is not None:
@@ -83,7 +85,7 @@ def run_finetuning(settings: Settings) -> RunTrainer | None:
     if settings.does_train:
         trainer.save_result()
     if args.should_save:
-        _save_results(settings, trainer)
+        _save_results(settings, trainer, resumed)
     if settings.does_predict:
         _predict(settings, trainer, tokenizer, data.validation)
     if args.should_log:
@@ -204,12 +206,15 @@ def _was_evaluated(trainer: RunTrainer) -> bool:
     return bool(steps) and steps[-1] == state.global_step
 
 
-def _save_results(settings: Settings, trainer: RunTrainer) -> None:
-    """Writes train_results.json, eval_results.json and all_results.json, where the run has such results."""
+def _save_results(settings: Settings, trainer: RunTrainer, resumed: int) -> None:
+    """Writes train_results.json, eval_results.json and all_results.json, where the run has such results.
+
+    Args:
+        resumed: the step after which the run went on.
+    """
     folder, log, stage = settings.training.output_dir, trainer.state.log_history, settings.stage.stage
     results = {"eval": describe_evaluation(log, stage)}
     if settings.does_train:
-        resumed = read_manifest(settings.checkpoint)["step"] if settings.checkpoint else 0
         results["train"] = describe_training(log, trainer.state.global_step, resumed)
     for split, metrics in results.items():
         if metrics:
