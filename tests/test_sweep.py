@@ -56,7 +56,7 @@ def test_tables():
     stopped = {"setting": sweep_prefix.asdict(Setting(steps=100, questions=100, init="dialogue")), "exact": {}}
     groups = [{"group": "start", "runs": [make_run(90, init="0.5"), stopped]}]
     table = sweep_report.format_tables(groups)
-    assert "### Start (100 steps, 100 questions of each kind)" in table
+    assert "### Start, 100 steps, 100 questions of each kind" in table
     assert "| N(0, 0.5²) | 90.0% (82.6% to 94.5%) | 45.0% (35.6% to 54.8%) | 0.250 |" in table
     assert "| text: dialogue | – | – | stopped |" in table
     assert sweep_report.name_setting("projection", make_run(1, projection=True)["setting"]) == "projection, 0.15"

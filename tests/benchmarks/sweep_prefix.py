@@ -80,15 +80,12 @@ def plan() -> dict[str, list[Setting]]:
         "dropout": [replace(short, dropout=dropout) for dropout in (0.0, 0.1, 0.3)],
         "warm-up": [replace(short, warmup=warmup) for warmup in (0.0, 0.03, 0.1)],
         "start and seed": [replace(base, init=init, seed=seed) for init in ("1.0", "0.5") for seed in (42, 43)],
-        "what was better in 100 steps": [
+        "what helped": [
             base,
             replace(base, dropout=0.0),
             replace(base, projection=True, learning_rate=0.005),
         ],
-        "longer run": [
-            replace(base, steps=900, learning_rate=rate, init=init)
-            for rate, init in ((0.02, "1.0"), (0.15, "1.0"), (0.15, "0.5"))
-        ],
+        "steps at 0.02": [replace(base, steps=steps, learning_rate=0.02, init="1.0") for steps in (300, 900)],
     }
 
 

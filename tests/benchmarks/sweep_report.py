@@ -22,8 +22,8 @@ VARIED = {
     "dropout": ("dropout",),
     "warm-up": ("warmup",),
     "start and seed": ("init", "seed"),
-    "what was better in 100 steps": ("projection", "learning_rate", "dropout"),
-    "longer run": ("learning_rate", "init"),
+    "what helped": ("projection", "learning_rate", "dropout"),
+    "steps at 0.02": ("steps",),
 }
 PANELS_PER_ROW = 4
 COLUMNS = ("exact, trained wordings", "exact, unseen wordings", "validation loss")
@@ -39,6 +39,13 @@ def write_report(groups: Sequence[dict[str, Any]], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sweep_prefix.md").write_text(format_tables(groups), encoding="utf-8")
     draw(groups, folder / "sweep_prefix.png")
+
+
+def name_group(group: dict[str, Any]) -> str:
+    """`Learning rate, 300 steps`."""
+    steps = sorted({run["setting"]["steps"] for run in group["runs"]})
+    name = group["group"][0].upper() + group["group"][1:]
+    return name if len(steps) > 1 else f"{name}, {steps[0]} steps"
 
 
 def name_setting(group: str, setting: dict[str, Any]) -> str:
@@ -62,9 +69,9 @@ def format_tables(groups: Sequence[dict[str, Any]]) -> str:
     """A Markdown table for each group."""
     lines = []
     for group in groups:
-        first = group["runs"][0]["setting"]
+        questions = group["runs"][0]["setting"]["questions"]
         lines += [
-            f"### {group['group'].capitalize()} ({first['steps']} steps, {first['questions']} questions of each kind)",
+            f"### {name_group(group)}, {questions} questions of each kind",
             "",
             f"| {group['group']} | {' | '.join(COLUMNS)} |",
             "|---" * (1 + len(COLUMNS)) + "|",
@@ -107,7 +114,7 @@ def draw(groups: Sequence[dict[str, Any]], path: Path) -> None:
         panel.invert_yaxis()
         panel.set_xlim(0, 1.16)
         panel.set_xticks([0, 0.5, 1], ["0%", "50%", "100%"], fontsize=7)
-        panel.set_title(f"{group['group']} ({group['runs'][0]['setting']['steps']} steps)", fontsize=9)
+        panel.set_title(name_group(group), fontsize=9)
     for panel in panels[len(groups) :]:
         panel.set_visible(False)
     handles, labels = panels[0].get_legend_handles_labels()
