@@ -122,7 +122,7 @@ def ask(folders: dict[str, Path], data: Path, count: int, probed: bool) -> dict[
         candidates, questions, options, lambda line: print(line, file=sys.stderr, flush=True)
     )
     for candidate in result["candidates"]:
-        candidate["checkpoint"] = candidate["model"] = None  # folders of a machine that nobody else has
+        candidate["checkpoint"], candidate["model"] = None, MODEL.name  # folders of a machine that nobody else has
     training_file = {group: f"{overlap.found} of {overlap.asked}" for group, overlap in overlaps.items()}
     run = {"csv": CSV.name, "template": TEMPLATE.name, "hold_out": HOLD_OUT, "in_training_file": training_file}
     return {"run": run} | result
