@@ -447,8 +447,8 @@ def test_dataset_items_lengths_report_and_places(tmp_path):
         "tokens_total": 61, "tokens_supervised": supervised,
     }  # fmt: skip
     assert str(dataset.report) == (
-        f"{path}: 3 rows of 6 records (1 bad, 1 dropped without a target, 1 too long; 2 rows cut, 1 of them inside a turn, "
-        f"2 turns left out); 61 tokens, {supervised / 61:.1%} supervised"
+        f"{path}: 3 rows of 6 records (1 bad, 1 dropped without a target, 1 too long; 2 rows cut, 1 of them inside a "
+        f"turn, 2 turns left out); 61 tokens, {supervised / 61:.1%} supervised"
     )
 
 

@@ -4,8 +4,8 @@ A random prefix is noise that training has to get rid of first; one made from te
 can read from the beginning. Exercised by `finetune.py --pre_seq_len 64 --prefix_init_text "…"`.
 
 Prefix keys are not rotated by their position, and the text behind the prefix counts from 0. A key is therefore stored
-as the base model would rotate it at the positions -length to -1: rotary scores depend on the distance alone, so that the
-model with this prefix computes for any text exactly what the base computes for that text behind the prefix's.
+as the base model would rotate it at the positions -length to -1: rotary scores depend on the distance alone, so that
+the model with this prefix computes for any text exactly what the base computes for that text behind the prefix's.
 """
 
 from collections.abc import Sequence
