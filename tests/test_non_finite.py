@@ -56,11 +56,10 @@ def poisoned(model, monkeypatch):
     monkeypatch.setattr(methods, "load_model", load_poisoned)
 
 
-@pytest.mark.parametrize("accumulated", [1, 4])
 @pytest.mark.parametrize("method", METHODS)
-def test_the_row_is_named(method, accumulated, model, broken, poisoned, tmp_path, capsys):
-    options = METHODS[method] | {"per_device_train_batch_size": 1, "max_steps": 24 // accumulated}
-    assert train(model, broken, tmp_path / "o", gradient_accumulation_steps=accumulated, **options) == 1
+def test_the_row_is_named_among_those_of_a_step(method, model, broken, poisoned, tmp_path, capsys):
+    options = METHODS[method] | {"per_device_train_batch_size": 1, "max_steps": 6}
+    assert train(model, broken, tmp_path / "o", gradient_accumulation_steps=4, **options) == 1
     error = capsys.readouterr().err
     assert "the loss is nan at step" in error
     assert f"in the batch of row {BAD_ROW} ({broken} line {BAD_ROW + 1}). Nothing of this step" in error
@@ -91,7 +90,7 @@ def poison_gradients(monkeypatch):
     monkeypatch.setattr(workflow, "prepare_model", prepare_poisoned)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["ptuning", "full"])
 def test_an_infinite_gradient_names_all_rows_of_the_step(method, model, data, tmp_path, monkeypatch, capsys):
     poison_gradients(monkeypatch)
     options = METHODS[method] | {"gradient_accumulation_steps": 3, "max_steps": 1}

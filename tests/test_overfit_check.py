@@ -139,6 +139,7 @@ def test_an_earlier_run_in_the_output_folder_is_left_alone(consistent, tiny_fold
     assert {path.name for path in (tmp_path / "o").iterdir()} == {"checkpoint-500", "overfit_check.json"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"bf16": True}, {"gradient_checkpointing": True}, {"packing": True}])
 def test_the_settings_of_the_run_hold(options, consistent, tiny_folder, tmp_path):
     assert check(tiny_folder, consistent, tmp_path / "o", finetuning_type="lora", **options) == 0
