@@ -85,7 +85,6 @@ def plan() -> dict[str, list[Setting]]:
             replace(base, dropout=0.0),
             replace(base, projection=True, learning_rate=0.005),
         ],
-        "steps at 0.02": [replace(base, steps=steps, learning_rate=0.02, init="1.0") for steps in (300, 900)],
     }
 
 

@@ -23,7 +23,6 @@ VARIED = {
     "warm-up": ("warmup",),
     "start and seed": ("init", "seed"),
     "what helped": ("projection", "learning_rate", "dropout"),
-    "steps at 0.02": ("steps",),
 }
 PANELS_PER_ROW = 4
 COLUMNS = ("exact, trained wordings", "exact, unseen wordings", "validation loss")
@@ -43,9 +42,7 @@ def write_report(groups: Sequence[dict[str, Any]], folder: Path) -> None:
 
 def name_group(group: dict[str, Any]) -> str:
     """`Learning rate, 300 steps`."""
-    steps = sorted({run["setting"]["steps"] for run in group["runs"]})
-    name = group["group"][0].upper() + group["group"][1:]
-    return name if len(steps) > 1 else f"{name}, {steps[0]} steps"
+    return f"{group['group'][0].upper()}{group['group'][1:]}, {group['runs'][0]['setting']['steps']} steps"
 
 
 def name_setting(group: str, setting: dict[str, Any]) -> str:
