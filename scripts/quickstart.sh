@@ -23,7 +23,8 @@ BASE_MODEL_PATH=${BASE_MODEL_PATH:-THUDM/chatglm3-tiny}
 TEMPLATE=${TEMPLATE:-data_processing/templates/pokemon_kanto.yaml}
 OUTPUT_DIR=${OUTPUT_DIR:-output/quickstart}
 PRE_SEQ_LEN=${PRE_SEQ_LEN:-64}
-# Found by trial on the tiny model: many small steps, and a larger LR than the 2e-2 that suits models of 6B.
+# The tiny model wants many small steps, and a larger LR than the 2e-2 that suits models of 6B: the sweep in
+# tests/benchmarks/README.md.
 LR=${LR:-0.15}
 MAX_STEP=${MAX_STEP:-900}
 DEV_BATCH_SIZE=${DEV_BATCH_SIZE:-4}
