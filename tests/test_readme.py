@@ -126,10 +126,11 @@ def test_the_tree_is_the_repository(readme: str):
 
 @functools.cache
 def help_of(program: str) -> str:
-    """What `--help` prints, with every flag of transformers for finetune.py."""
+    """What `--help` prints, with every flag of transformers for finetune.py, whose flags plan_memory.py takes as well."""
     flag = "--help_all" if program.endswith("finetune.py") else "--help"
     command = [sys.executable, str(REPOSITORY / program), flag]
-    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True).stdout
+    text = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True).stdout
+    return text + (help_of("finetune_chatmodel_demo/finetune.py") if program.endswith("plan_memory.py") else "")
 
 
 @pytest.mark.slow
