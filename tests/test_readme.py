@@ -126,7 +126,7 @@ def test_the_tree_is_the_repository(readme: str):
 
 @functools.cache
 def help_of(program: str) -> str:
-    """What `--help` prints, with every flag of transformers for finetune.py, whose flags plan_memory.py takes as well."""
+    """What `--help` prints, with all flags of transformers for finetune.py; plan_memory.py takes its flags as well."""
     flag = "--help_all" if program.endswith("finetune.py") else "--help"
     command = [sys.executable, str(REPOSITORY / program), flag]
     text = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True).stdout
