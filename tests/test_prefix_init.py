@@ -8,6 +8,7 @@ from training_helpers import flags, make_model, train, write_conversations
 from finetune_chatmodel_demo.chatglm3 import load_model, load_tokenizer, read_prefix_config
 from finetune_chatmodel_demo.chatglm3.prefix_start import encode_start, keys_and_values, start_prefix_as
 from finetune_chatmodel_demo.training import methods, run_trainer
+from finetune_chatmodel_demo.training.arguments import SettingsError
 from finetune_chatmodel_demo.training.command_line import parse_given
 from finetune_chatmodel_demo.training.settings import decide_settings
 
@@ -138,7 +139,6 @@ def test_a_base_in_low_precision_gives_its_own_keys(options, model, data, tmp_pa
     [
         ({"prefix_projection": True}, "an MLP computes the prefix, which cannot start as a text"),
         ({"prefix_init_std": 0.5}, "--prefix_init_std is of a random prefix"),
-        ({"prefix_init_text": "\u3000"}, "--prefix_init_text is empty"),
         ({"prefix_init_text": "nowhere.txt"}, "--prefix_init_text nowhere.txt does not exist"),
         ({"pre_seq_len": None, "finetuning_type": "lora"}, "--prefix_init_text belongs to P-Tuning v2"),
         ({"prefix_dropout": 1.0}, "--prefix_dropout is 1.0; give a share from 0 to below 1"),
@@ -148,6 +148,12 @@ def test_contradictions_are_refused(options, message, model, data, tmp_path, cap
     options = {"pre_seq_len": 4, "prefix_init_text": TEXT} | options
     assert train(model, data, tmp_path / "o", **options) == 1
     assert message in capsys.readouterr().err
+
+
+def test_an_empty_text_is_refused(model, data, tmp_path):
+    given, notices = parse_given(flags(model, data, tmp_path / "o", pre_seq_len=4))
+    with pytest.raises(SettingsError, match="--prefix_init_text is empty"):
+        decide_settings(given | {"prefix_init_text": " "}, notices)
 
 
 def test_a_text_and_a_checkpoint_exclude_each_other(model, data, tmp_path, capsys):
