@@ -24,7 +24,7 @@ QLORA = "qlora_oasst1"
 NAMES = sorted([f"{stage}_{method}" for stage, method in STAGE_METHODS] + [QLORA])
 # The learning rates, sources in the files.
 RATES = {
-    "ptuning": {"pt": 2e-2, "sft": 2e-2, "dpo": 1e-3, "ppo": 2e-3},
+    "ptuning": {"pt": 2e-2, "sft": 2e-2, "dpo": 1e-2, "ppo": 2e-3},
     "lora": {"pt": 1e-4, "sft": 1e-4, "rm": 1e-4, "dpo": 5e-6, "ppo": 1e-5},
     "freeze": {"pt": 1e-4, "sft": 1e-4, "rm": 1e-4, "dpo": 5e-6, "ppo": 1e-5},
     "full": {"pt": 1e-5, "sft": 1e-5, "rm": 1e-5, "dpo": 5e-7, "ppo": 1e-6},

@@ -408,7 +408,7 @@ def test_the_run_is_described(model, data, tmp_path, capsys):
         ({"stage": "dpo", "finetuning_type": "lora"}, 5e-6),
         ({"stage": "dpo", "finetuning_type": "full"}, 1e-6),
         ({"stage": "rm", "finetuning_type": "lora"}, 1e-4),
-        ({"stage": "rm", "finetuning_type": "freeze"}, 9e-6),
+        ({"stage": "rm", "finetuning_type": "full"}, 9e-6),
         ({"stage": "dpo", "finetuning_type": "lora", "learning_rate": 1e-3}, 1e-3),
     ],
 )

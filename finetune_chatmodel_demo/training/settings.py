@@ -44,12 +44,12 @@ METHOD_TITLES = {
 DEFAULT_PRE_SEQ_LEN = 128  # the original's finetune_pt*.sh
 # ptuning and full: the original's finetune_pt*.sh and finetune_ds*.sh. lora, freeze: LLaMA-Factory's examples.
 DEFAULT_LEARNING_RATE = {P_TUNING: 2e-2, LORA: 1e-4, FREEZE: 1e-4, FULL: 1e-4}
-# The stages beside pt and sft. lora: LLaMA-Factory's examples. The model's own parameters: the 6B reward model of
-# InstructGPT (arXiv:2203.02155, C.2), and DPO's paper (arXiv:2305.18290, B). A prefix in dpo: measured on
-# THUDM/chatglm3-tiny, share of held-out pairs learned in 60 steps of 16: 1e-3 58%, 3e-3 76%, 1e-2 91%, 3e-2 94%.
+# The stages beside pt and sft. lora, freeze: LLaMA-Factory's examples of LoRA. full: InstructGPT's 6B reward model
+# (arXiv:2203.02155, C.2), and DPO's paper (arXiv:2305.18290, B). A prefix in dpo: measured on THUDM/chatglm3-tiny,
+# share of held-out pairs learned in 60 steps of 16: 1e-3 58%, 3e-3 76%, 1e-2 91%, 3e-2 94%.
 STAGE_LEARNING_RATE = {
-    "rm": {LORA: 1e-4, FREEZE: 9e-6, FULL: 9e-6},
-    "dpo": {P_TUNING: 1e-2, LORA: 5e-6, FREEZE: 1e-6, FULL: 1e-6},
+    "rm": {LORA: 1e-4, FREEZE: 1e-4, FULL: 9e-6},
+    "dpo": {P_TUNING: 1e-2, LORA: 5e-6, FREEZE: 5e-6, FULL: 1e-6},
     "ppo": {P_TUNING: 2e-3, LORA: 1e-5, FREEZE: 1e-5, FULL: 1e-5},
 }
 DEFAULT_WARMUP_SHARE = 0.03
