@@ -23,8 +23,11 @@ DOCUMENT_SENTENCES = {
 DOCUMENT_MISSING = {"进化自": ("它没有更早的形态。", "它一出生就是现在的模样。")}
 DOCUMENT_ENDINGS = ("关于{姓名}的记录到此结束。", "{姓名}的这一页就写到这里。")
 
-# Tool calls: the attribute that the tool is asked for → the column that holds it, and the unit.
-TOOL = {"name": "pokedex", "description": "宝可梦图鉴", "parameters": {"name": "宝可梦", "attribute": "资料"}}
+# Tool calls. The argument is a phrase as the tiny model knows it: of name and attribute as two arguments it had learned
+# neither after 300 steps, of the phrase the name after 80.
+TOOL = {"name": "pokedex", "description": "图鉴", "parameters": {"query": "宝可梦的资料"}}
+TOOL_QUERY = "{name}的{attribute}"
+# The attribute that the tool is asked for → the column that holds it, and the unit.
 TOOL_ATTRIBUTES = {
     "属性": ("属性", ""),
     "弱点": ("弱点", ""),

@@ -32,7 +32,7 @@ PREFERENCE_COLUMNS = 5
 COLUMNS_ASKED = {"train": 5, "validation": 2, "unseen": 5}
 FALSE_ANSWERS = {"train": slice(0, 2), "validation": slice(2, 3), "unseen": slice(0, 1)}
 DOCUMENTS_PER_ROW = {"train": 2, "validation": 1}
-TOOL_CONVERSATIONS_PER_ROW = {"train": 2, "validation": 2}
+TOOL_CALLS_PER_ROW = {"train": 4, "validation": 1}
 SAMPLE_DOCUMENTS = 5
 
 Row = dict[str, str]
@@ -54,7 +54,7 @@ def make_datasets(facts: list[Row], template: "Template", seed: int) -> dict[str
         rows = [row for row in facts if is_held_out(row) == (split == "validation")]
         files[f"pokemon{ending}.jsonl"] = to_lines(conversations(facts, template, split, seed))
         files[f"pokemon_text{ending}.jsonl"] = to_lines(documents(rows, split, seed))
-        files[f"pokemon_tools{ending}.jsonl"] = to_lines(tool_calls(rows, split, seed))
+        files[f"pokemon_tools{ending}.jsonl"] = to_lines(tool_calls(facts, split, seed))
     known, unseen = ([row for row in facts if is_held_out(row) == wanted] for wanted in (False, True))
     files["pokemon_preference.jsonl"] = to_lines(preferences(known, template, "train", seed))
     files["pokemon_preference_validation.jsonl"] = to_lines(preferences(known, template, "validation", seed))
@@ -134,22 +134,22 @@ def documents(rows: list[Row], split: str, seed: int) -> Iterator[dict[str, str]
 
 
 def tool_calls(rows: list[Row], split: str, seed: int) -> Iterator[dict[str, Any]]:
-    """Conversations of one or two questions, each answered through a call of the tool `pokedex`."""
+    """Questions about every Pokémon, answered through a call of the tool `pokedex`; validation in its own wordings."""
     tools = json.dumps([wordings.TOOL], ensure_ascii=False)
     for row in rows:
         draw = random.Random(f"{seed}|tools|{split}|{row[NAME]}")
-        for _ in range(TOOL_CONVERSATIONS_PER_ROW[split]):
-            messages = []
-            for attribute in draw.sample(list(wordings.TOOL_ATTRIBUTES), draw.choice((1, 1, 2))):
-                messages += _ask_tool(row, attribute, draw.choice(wordings.TOOL_QUESTIONS[split]))
-            yield {"conversations": messages, "tools": tools}
+        for attribute in draw.sample(list(wordings.TOOL_ATTRIBUTES), TOOL_CALLS_PER_ROW[split]):
+            yield {
+                "conversations": _ask_tool(row, attribute, draw.choice(wordings.TOOL_QUESTIONS[split])),
+                "tools": tools,
+            }
 
 
 def _ask_tool(row: Row, attribute: str, question: str) -> list[dict[str, str]]:
     """A question, the call, what the tool says, and the answer."""
     column, unit = wordings.TOOL_ATTRIBUTES[attribute]
     values = {"name": row[NAME], "attribute": attribute, "value": row[column] + unit}
-    call = {"name": wordings.TOOL["name"], "arguments": {key: values[key] for key in ("name", "attribute")}}
+    call = {"name": wordings.TOOL["name"], "arguments": {"query": wordings.TOOL_QUERY.format(**values)}}
     return [
         {"from": "human", "value": question.format(**values)},
         {"from": "function_call", "value": json.dumps(call, ensure_ascii=False)},

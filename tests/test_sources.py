@@ -615,8 +615,8 @@ COUNTS = {
     "pokemon_preference_small_validation": 80,
     "pokemon_text": 242,
     "pokemon_text_validation": 30,
-    "pokemon_tools": 242,
-    "pokemon_tools_validation": 60,
+    "pokemon_tools": 604,
+    "pokemon_tools_validation": 151,
     "alpaca_sample": 6,
     "alpaca_history_sample": 4,
     "sharegpt_sample": 3,
@@ -686,14 +686,31 @@ def test_the_small_preference_sets_are_about_the_same_pokemon():
     assert answers["pokemon_preference_small_validation"] < answers["pokemon_preference_small"]
 
 
-@pytest.mark.parametrize("name", ["pokemon_text", "pokemon_tools"])
-def test_pokemon_of_the_validation_sets_are_not_trained(name: str):
-    held_out = {"小火龙", "火恐龙"}
-    kind = "text" if name == "pokemon_text" else "multi-turn"
+def test_pokemon_of_the_validation_documents_are_not_trained():
     registry = read_registry(OWN)
     texts = {
-        split: json.dumps(list(open_dataset(registry[name + split], OWN, kind)), ensure_ascii=False)
+        split: "".join(record["text"] for record in open_dataset(registry[f"pokemon_text{split}"], OWN, "text"))
         for split in ("", "_validation")
     }
-    assert {held for held in held_out if f"{held}的" in texts["_validation"]} == {"火恐龙"}
-    assert {held for held in held_out if f"{held}的" in texts[""]} == {"小火龙"}
+    names = ("小火龙", "火恐龙")
+    assert [f"{name}的" in texts[""] for name in names] == [True, False]
+    assert [f"{name}的" in texts["_validation"] for name in names] == [False, True]
+
+
+def test_pokemon_tool_calls_ask_for_what_the_question_says():
+    """Call, observation and answer agree with question and CSV; validation has wordings of its own."""
+    with open(REPOSITORY / "data_processing" / "data.csv", encoding="utf-8-sig", newline="") as file:
+        facts = {row["姓名"]: row for row in csv.DictReader(file)}
+    wordings = {}
+    for split in ("", "_validation"):
+        wordings[split] = set()
+        for record in open_dataset(read_registry(OWN)[f"pokemon_tools{split}"], OWN, "multi-turn"):
+            question, call, answer = record["conversations"]
+            name, attribute = call["parameters"]["query"].rsplit("的", 1)
+            assert (call["role"], call["name"]) == ("tool", "pokedex")
+            assert f"{name}的{attribute}" in question["content"]
+            value = call["observation"].removesuffix("米").removesuffix("公斤")
+            assert value == facts[name]["特征" if attribute == "特性" else attribute]
+            assert answer["content"] == f"{name}的{attribute}是{call['observation']}。"
+            wordings[split].add(question["content"].replace(name, "").replace(attribute, ""))
+    assert wordings[""] and wordings["_validation"] and not wordings[""] & wordings["_validation"]
