@@ -23,21 +23,10 @@ DOCUMENT_SENTENCES = {
 DOCUMENT_MISSING = {"进化自": ("它没有更早的形态。", "它一出生就是现在的模样。")}
 DOCUMENT_ENDINGS = ("关于{姓名}的记录到此结束。", "{姓名}的这一页就写到这里。")
 
-# Tool calls. The argument is a phrase as the tiny model knows it: of name and attribute as two arguments it had learned
-# neither after 300 steps, of the phrase the name after 80.
-TOOL = {"name": "pokedex", "description": "图鉴", "parameters": {"query": "宝可梦的资料"}}
-TOOL_QUERY = "{name}的{attribute}"
-# The attribute that the tool is asked for → the column that holds it, and the unit.
-TOOL_ATTRIBUTES = {
-    "属性": ("属性", ""),
-    "弱点": ("弱点", ""),
-    "特性": ("特征", ""),
-    "分类": ("分类", ""),
-    "英文名": ("英文名", ""),
-    "颜色": ("颜色", ""),
-    "身高": ("身高", "米"),
-    "体重": ("体重", "公斤"),
-}
+# Tool calls. The argument is called query: as 宝可梦= the tiny model had not learned the name after 300 steps, as
+# query= it has after 120. The tool answers with all of its attributes: name → the column that holds it, and the unit.
+TOOL = {"name": "pokedex", "description": "图鉴", "parameters": {"query": "宝可梦的名字"}}
+TOOL_ATTRIBUTES = {"属性": ("属性", ""), "特性": ("特征", ""), "身高": ("身高", "米"), "体重": ("体重", "公斤")}
 TOOL_QUESTIONS = {
     "train": (
         "请用图鉴查一下{name}的{attribute}。",

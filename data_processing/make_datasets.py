@@ -32,7 +32,7 @@ PREFERENCE_COLUMNS = 5
 COLUMNS_ASKED = {"train": 5, "validation": 2, "unseen": 5}
 FALSE_ANSWERS = {"train": slice(0, 2), "validation": slice(2, 3), "unseen": slice(0, 1)}
 DOCUMENTS_PER_ROW = {"train": 2, "validation": 1}
-TOOL_CALLS_PER_ROW = {"train": 4, "validation": 1}
+TOOL_CALLS_PER_ROW = {"train": 3, "validation": 1}
 SAMPLE_DOCUMENTS = 5
 
 Row = dict[str, str]
@@ -147,13 +147,13 @@ def tool_calls(rows: list[Row], split: str, seed: int) -> Iterator[dict[str, Any
 
 def _ask_tool(row: Row, attribute: str, question: str) -> list[dict[str, str]]:
     """A question, the call, what the tool says, and the answer."""
-    column, unit = wordings.TOOL_ATTRIBUTES[attribute]
-    values = {"name": row[NAME], "attribute": attribute, "value": row[column] + unit}
-    call = {"name": wordings.TOOL["name"], "arguments": {"query": wordings.TOOL_QUERY.format(**values)}}
+    entry = {name: row[column] + unit for name, (column, unit) in wordings.TOOL_ATTRIBUTES.items()}
+    values = {"name": row[NAME], "attribute": attribute, "value": entry[attribute]}
+    call = {"name": wordings.TOOL["name"], "arguments": {"query": row[NAME]}}
     return [
         {"from": "human", "value": question.format(**values)},
         {"from": "function_call", "value": json.dumps(call, ensure_ascii=False)},
-        {"from": "observation", "value": values["value"]},
+        {"from": "observation", "value": "；".join(f"{name}：{value}" for name, value in entry.items())},
         {"from": "gpt", "value": wordings.TOOL_ANSWER.format(**values)},
     ]
 

@@ -615,7 +615,7 @@ COUNTS = {
     "pokemon_preference_small_validation": 80,
     "pokemon_text": 242,
     "pokemon_text_validation": 30,
-    "pokemon_tools": 604,
+    "pokemon_tools": 453,
     "pokemon_tools_validation": 151,
     "alpaca_sample": 6,
     "alpaca_history_sample": 4,
@@ -706,11 +706,17 @@ def test_pokemon_tool_calls_ask_for_what_the_question_says():
         wordings[split] = set()
         for record in open_dataset(read_registry(OWN)[f"pokemon_tools{split}"], OWN, "multi-turn"):
             question, call, answer = record["conversations"]
-            name, attribute = call["parameters"]["query"].rsplit("的", 1)
+            name = call["parameters"]["query"]
             assert (call["role"], call["name"]) == ("tool", "pokedex")
-            assert f"{name}的{attribute}" in question["content"]
-            value = call["observation"].removesuffix("米").removesuffix("公斤")
-            assert value == facts[name]["特征" if attribute == "特性" else attribute]
-            assert answer["content"] == f"{name}的{attribute}是{call['observation']}。"
+            values = dict(part.split("：") for part in call["observation"].split("；"))
+            row = facts[name]
+            assert values == {
+                "属性": row["属性"],
+                "特性": row["特征"],
+                "身高": f"{row['身高']}米",
+                "体重": f"{row['体重']}公斤",
+            }
+            (attribute,) = [attribute for attribute in values if f"{name}的{attribute}" in question["content"]]
+            assert answer["content"] == f"{name}的{attribute}是{values[attribute]}。"
             wordings[split].add(question["content"].replace(name, "").replace(attribute, ""))
     assert wordings[""] and wordings["_validation"] and not wordings[""] & wordings["_validation"]
