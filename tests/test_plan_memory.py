@@ -1,6 +1,7 @@
 """plan_memory.py: the user's two settings on paper, remedies, DeepSpeed's settings, errors; finetune.py --dry_run."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def flags(options: dict) -> list[str]:
 
 def test_p_tuning_of_the_users_setting_fits_an_rtx_4090():
     plan = make_plan(P_TUNING, rows=3900)
-    assert plan.memory.total / GIB == pytest.approx(13.51, abs=0.05)  # the document says 21 GB for the original code
+    assert plan.memory.total / GIB == pytest.approx(13.50, abs=0.05)  # the document says 21 GB for the original code
     assert plan.memory.total < read_gpu_memory("RTX 4090") == 24 * GIB * 0.98
     assert plan.memory.total < 15 * GB  # bf16, full checkpointing
     assert (plan.steps, plan.rows_per_step) == (1000, 16)
@@ -44,16 +45,16 @@ def test_p_tuning_of_the_users_setting_fits_an_rtx_4090():
 
 
 def test_p_tuning_without_checkpointing_and_in_four_bits():
-    # Half of the tokens supervised, as conversations have. 21 GiB: more than 21 GB in the strict sense.
-    without = make_plan({**P_TUNING, "gradient_checkpointing": False}, supervised=962)
-    assert 20.5 * GIB < without.memory.total < 21 * GIB
+    without = make_plan({**P_TUNING, "gradient_checkpointing": False})
+    assert without.memory.total / GIB == pytest.approx(18.67, abs=0.05)  # with every token supervised
+    assert without.memory.total < 21 * GB
     small = make_plan({**P_TUNING, "quantization_bit": 4})
     assert 5.5 * GB < small.memory.total < 6.5 * GB
 
 
 def test_all_parameters_of_the_users_setting_fit_four_gpus_of_80_gb():
     plan = make_plan(ALL_PARAMETERS, gpus=4, rows=3900)
-    assert plan.memory.total / GIB == pytest.approx(46.8, abs=0.2)
+    assert plan.memory.total / GIB == pytest.approx(44.5, abs=0.2)
     assert plan.memory.total < read_gpu_memory("A100-80GB")
     assert plan.memory.parts["weights"] == 2 * PARAMETERS
     assert plan.memory.parts["optimizer"] == 12 * PARAMETERS / 4
@@ -104,11 +105,23 @@ def test_table_and_exit_status(capsys):
     text = capsys.readouterr().out
     for wanted in ("weights", "prefix", "gradients", "optimizer", "activations (full)", "logits", "CUDA context"):
         assert f"  {wanted} " in text
-    assert "13.51 GiB   14.51 GB" in text
+    assert "13.50 GiB   14.49 GB" in text
     assert "fits:" in text
     assert "1000 = 4.10 epochs" in text
     assert plan_memory.main([*flags(P_TUNING), "--gpu_memory", "8"]) == 2
     assert "--quantization_bit 4: 5." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("memory, policy", [("24", "none"), ("20", "mlp"), ("16", None)])
+def test_a_policy_that_recomputes_less_is_named_where_it_fits_with_room(memory, policy, capsys):
+    assert plan_memory.main([*flags(P_TUNING), "--gpu_memory", memory]) == 0
+    named = re.findall(r"faster: --gradient_checkpointing (\w+) fits as well", capsys.readouterr().out)
+    assert named == ([policy] if policy else [])
+    plan_memory.main([*flags(P_TUNING), "--gpu_memory", memory, "--json"])
+    faster = json.loads(capsys.readouterr().out)["faster"]
+    assert (faster and faster["gradient_checkpointing"]) == policy
+    plan_memory.main([*flags(P_TUNING), "--gpu_memory", memory, "--gradient_checkpointing", "none"])
+    assert "faster:" not in capsys.readouterr().out
 
 
 def test_json_from_a_folder_with_only_its_configuration(tmp_path, capsys):

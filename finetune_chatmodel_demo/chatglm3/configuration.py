@@ -103,6 +103,8 @@ class ChatGLM3Config(PreTrainedConfig):
         for name, supported in FIXED_BY_ARCHITECTURE.items():
             if kwargs.get(name, supported) != supported:
                 raise ValueError(f"config.json says {name}={kwargs[name]}; only {supported} is supported.")
+        if self.hidden_act != "silu":
+            raise ValueError(f"config.json says hidden_act={self.hidden_act!r}; ChatGLM3's MLP is SwiGLU: 'silu'.")
         if self.num_attention_heads % self.multi_query_group_num:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "

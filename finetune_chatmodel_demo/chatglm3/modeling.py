@@ -18,6 +18,7 @@ from transformers.models.glm.modeling_glm import GlmForCausalLM, GlmModel, GlmPr
 
 from finetune_chatmodel_demo.chatglm3.attention import PREFIX_ATTENTION, Prefix, cache_with_prefix
 from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
+from finetune_chatmodel_demo.chatglm3.lean_functions import ChatGLM3RMSNorm
 from finetune_chatmodel_demo.chatglm3.packing import Packing
 from finetune_chatmodel_demo.chatglm3.prefix import PREFIX_INIT_STD, PrefixEmbedding, PrefixEncoder
 from finetune_chatmodel_demo.chatglm3.recomputing import ChatGLM3MLP, recompute_mlp
@@ -81,8 +82,11 @@ class ChatGLM3Model(ChatGLM3PreTrainedModel, GlmModel):
 
     def __init__(self, config: ChatGLM3Config) -> None:
         super().__init__(config)
+        # The same modules with forward methods of ours; transformers builds a layer's parts itself.
         for layer in self.layers:
-            layer.mlp.__class__ = ChatGLM3MLP  # the same modules; transformers builds a layer's parts itself
+            layer.mlp.__class__ = ChatGLM3MLP
+            layer.input_layernorm.__class__ = layer.post_attention_layernorm.__class__ = ChatGLM3RMSNorm
+        self.norm.__class__ = ChatGLM3RMSNorm
         config._attn_implementation = PREFIX_ATTENTION.get(config._attn_implementation, config._attn_implementation)
         self.prefix_encoder: PrefixEncoder | None = None
         self.prefix_enabled = True

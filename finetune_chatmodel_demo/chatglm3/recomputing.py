@@ -15,6 +15,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.glm.modeling_glm import GlmMLP
 
+from finetune_chatmodel_demo.chatglm3.lean_functions import swiglu
+
 CheckpointingPolicy = Literal["none", "mlp", "full"]
 
 
@@ -31,8 +33,7 @@ class ChatGLM3MLP(GlmMLP):
         return self.down_proj(self._activate(hidden))
 
     def _activate(self, hidden: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up_proj(hidden).chunk(2, dim=-1)
-        return up * self.activation_fn(gate)
+        return swiglu(self.gate_up_proj(hidden))
 
 
 def set_policy(model: nn.Module, policy: CheckpointingPolicy) -> None:

@@ -5,10 +5,10 @@ of small models and of the 6B model on fake tensors; `tests/benchmarks/bench_gpu
 size, F: inner size of the MLP, a: bytes of a number in the precision of the computation, r: of the residual stream
 (float32 where autocast meets float32 weights). A layer keeps, for each token,
 
-    RMSNorms        8H + 8: their input in float32, twice, and its scale; trained: the normed input, 2rH
+    RMSNorms        2rH + 8: their inputs and a float32 scale for each
     attention       query and output: 2a × heads × head_dim, and 4 × heads; keys and values: 2a × groups × head_dim, or,
                     behind a prefix, of all heads (they are repeated); on a CPU the mask, a × (prefix + tokens)
-    MLP             3aF: gate and up, and the activated gate
+    MLP             2aF: gate and up
     linear inputs   where the layer's weights or an adapter are trained: of q, k and v one, or three copies where
                     autocast converts it for each; of the output projection, of the MLP, and of its last projection
 
@@ -283,11 +283,10 @@ def _one_layer(shape: RunShape) -> float:
 
 
 def outer_bytes(shape: RunShape) -> float:
-    """What is kept once: the last norm's input, its output where the norm is trained, and the rotations."""
+    """What is kept once: the last norm's input and its scale, and the rotations."""
     config = shape.config
-    normed = shape.residual_bytes * config.hidden_size if shape.method == FULL else 0
     rotations = shape.residual_bytes * config.kv_channels
-    return shape.rows * shape.tokens * (4 * config.hidden_size + 4 + normed) + shape.tokens * rotations
+    return shape.rows * shape.tokens * (shape.residual_bytes * config.hidden_size + 4) + shape.tokens * rotations
 
 
 def layer_bytes(shape: RunShape, policy: CheckpointingPolicy) -> float:
@@ -296,14 +295,14 @@ def layer_bytes(shape: RunShape, policy: CheckpointingPolicy) -> float:
     hidden, inner, heads = config.hidden_size, config.ffn_hidden_size, config.num_attention_heads
     if policy == "full":
         return residual * hidden
-    norms = 8 * hidden + 8 + (2 * residual * hidden if shape.trains_weights else 0)
+    norms = 2 * residual * hidden + 8
     attention = 2 * a * heads * config.kv_channels + 4 * heads + _key_bytes(shape)
     qkv = other = down = 0
     if shape.trains_weights or shape.method == LORA:
         copies = 3 if a < 4 and (shape.has_autocast_weights or shape.method == LORA) else 1
         qkv, other, down = copies * a * hidden, a * hidden, a * inner
     if policy == "none":
-        return norms + attention + qkv + 2 * other + down + 3 * a * inner
+        return norms + attention + qkv + 2 * other + down + 2 * a * inner
     # The MLP's input as the norm gives it: float32 where its weights are.
     mlp_input = (4 if shape.has_autocast_weights else a) * hidden
     return norms + attention + qkv + other + down + mlp_input

@@ -4,7 +4,7 @@ from typing import Any
 
 from finetune_chatmodel_demo.training.memory import GIB
 from finetune_chatmodel_demo.training.parameter_counts import count_parameters
-from finetune_chatmodel_demo.training.remedies import find_remedies
+from finetune_chatmodel_demo.training.remedies import find_faster_policy, find_remedies
 from finetune_chatmodel_demo.training.run_plan import RunPlan
 
 GB = 10**9
@@ -43,7 +43,11 @@ def describe_plan(plan: RunPlan, limit: float | None = None) -> str:
 
 def _describe_fit(plan: RunPlan, limit: float) -> list[str]:
     if plan.memory.total <= limit:
-        return [f"  fits: {_size(limit - plan.memory.total).strip()} of {_size(limit).strip()} are left"]
+        lines = [f"  fits: {_size(limit - plan.memory.total).strip()} of {_size(limit).strip()} are left"]
+        if faster := find_faster_policy(plan.shape, limit):
+            policy, changed = faster
+            lines.append(f"  faster: --gradient_checkpointing {policy} fits as well, {_size(changed.total).strip()}")
+        return lines
     remedies = find_remedies(plan.shape, limit)
     lines = [f"  does not fit into {_size(limit).strip()}" + ("; change, one after the other:" if remedies else "")]
     if not remedies:
@@ -98,6 +102,11 @@ def plan_as_json(plan: RunPlan, limit: float | None = None) -> dict[str, Any]:
             {"change": flag, "total_bytes_per_gpu": round(changed.total)}
             for flag, changed in find_remedies(shape, limit)
         ]
+        faster = find_faster_policy(shape, limit) if report["fits"] else None
+        report["faster"] = faster and {
+            "gradient_checkpointing": faster[0],
+            "total_bytes_per_gpu": round(faster[1].total),
+        }
     return report
 
 

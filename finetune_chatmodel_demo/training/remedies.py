@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from finetune_chatmodel_demo.chatglm3.recomputing import CheckpointingPolicy
 from finetune_chatmodel_demo.training.arguments import LORA, P_TUNING, SettingsError
 from finetune_chatmodel_demo.training.memory import GIB, MemoryPlan, RunShape, plan_memory
 from finetune_chatmodel_demo.training.run_plan import read_zero
@@ -16,6 +17,9 @@ GPUS = {
     "A6000": 48, "L40": 48, "L40S": 48, "A40": 48, "A100-40GB": 40, "A100-80GB": 80, "A800-80GB": 80, "H100": 80,
     "H800": 80, "H20": 96, "H200": 141,
 }  # fmt: skip
+POLICIES_BY_RECOMPUTATION: tuple[CheckpointingPolicy, ...] = ("none", "mlp", "full")
+# A run that fits should not be talked into one that may not: the plan is held to 10% of what is allocated.
+PLAN_MARGIN = 1.1
 # The driver keeps some: torch sees 23.6 of an RTX 4090's 24 GiB, 79.2 of an A100's 80.
 USABLE_SHARE = 0.98
 
@@ -62,6 +66,20 @@ def find_remedies(shape: RunShape, limit: float) -> list[tuple[str, MemoryPlan]]
                 found.pop()
             found.append((flag, plan))
     return found if found and found[-1][1].total <= limit else []
+
+
+def find_faster_policy(shape: RunShape, limit: float) -> tuple[CheckpointingPolicy, MemoryPlan] | None:
+    """The checkpointing policy that recomputes least and still fits with room to spare, where it is not the run's own.
+
+    Args:
+        shape: a run that fits.
+        limit: bytes of one GPU.
+    """
+    for policy in POLICIES_BY_RECOMPUTATION[: POLICIES_BY_RECOMPUTATION.index(shape.policy)]:
+        plan = plan_memory(replace(shape, policy=policy))
+        if plan.total * PLAN_MARGIN <= limit:
+            return policy, plan
+    return None
 
 
 def _changes(shape: RunShape) -> list[tuple[str, Callable[[RunShape], RunShape]]]:
