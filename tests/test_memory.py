@@ -17,6 +17,7 @@ from torch.nn import Linear
 
 from finetune_chatmodel_demo.chatglm3 import ChatGLM3Config, ChatGLM3ForCausalLM
 from finetune_chatmodel_demo.chatglm3.adapters import add_adapter
+from finetune_chatmodel_demo.chatglm3.losses import summed_cross_entropy
 from finetune_chatmodel_demo.chatglm3.prefix import PrefixEncoder
 from finetune_chatmodel_demo.chatglm3.recomputing import set_policy
 from finetune_chatmodel_demo.training.memory import (
@@ -198,7 +199,7 @@ def measure_fake_step(policy: str, tokens: int, supervised: int) -> tuple[float,
         with counter, torch.autocast("cpu", dtype=torch.bfloat16):
             # The choice of supervised positions depends on data, which fake tensors do not have.
             hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-            model._summed_loss(hidden[0, :supervised], ids[0, :supervised]).backward()
+            summed_cross_entropy(model.lm_head, hidden[0, :supervised], ids[0, :supervised]).backward()
         return weights, counter.peak - weights
 
 

@@ -37,7 +37,7 @@ def flags(options: dict) -> list[str]:
 
 def test_p_tuning_of_the_users_setting_fits_an_rtx_4090():
     plan = make_plan(P_TUNING, rows=3900)
-    assert plan.memory.total / GIB == pytest.approx(13.50, abs=0.05)  # the document says 21 GB for the original code
+    assert plan.memory.total / GIB == pytest.approx(13.14, abs=0.05)  # the document says 21 GB for the original code
     assert plan.memory.total < read_gpu_memory("RTX 4090") == 24 * GIB * 0.98
     assert plan.memory.total < 15 * GB  # bf16, full checkpointing
     assert (plan.steps, plan.rows_per_step) == (1000, 16)
@@ -46,7 +46,7 @@ def test_p_tuning_of_the_users_setting_fits_an_rtx_4090():
 
 def test_p_tuning_without_checkpointing_and_in_four_bits():
     without = make_plan({**P_TUNING, "gradient_checkpointing": False})
-    assert without.memory.total / GIB == pytest.approx(18.67, abs=0.05)  # with every token supervised
+    assert without.memory.total / GIB == pytest.approx(18.32, abs=0.05)  # with every token supervised
     assert without.memory.total < 21 * GB
     small = make_plan({**P_TUNING, "quantization_bit": 4})
     assert 5.5 * GB < small.memory.total < 6.5 * GB
@@ -105,7 +105,7 @@ def test_table_and_exit_status(capsys):
     text = capsys.readouterr().out
     for wanted in ("weights", "prefix", "gradients", "optimizer", "activations (full)", "logits", "CUDA context"):
         assert f"  {wanted} " in text
-    assert "13.50 GiB   14.49 GB" in text
+    assert "13.14 GiB   14.11 GB" in text
     assert "fits:" in text
     assert "1000 = 4.10 epochs" in text
     assert plan_memory.main([*flags(P_TUNING), "--gpu_memory", "8"]) == 2

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PreTrainedModel, initialization
@@ -19,13 +18,12 @@ from transformers.models.glm.modeling_glm import GlmForCausalLM, GlmModel, GlmPr
 from finetune_chatmodel_demo.chatglm3.attention import PREFIX_ATTENTION, Prefix, cache_with_prefix
 from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
 from finetune_chatmodel_demo.chatglm3.lean_functions import ChatGLM3RMSNorm
+from finetune_chatmodel_demo.chatglm3.losses import summed_cross_entropy
 from finetune_chatmodel_demo.chatglm3.packing import Packing
 from finetune_chatmodel_demo.chatglm3.prefix import PREFIX_INIT_STD, PrefixEmbedding, PrefixEncoder
 from finetune_chatmodel_demo.chatglm3.recomputing import ChatGLM3MLP, recompute_mlp
 
 IGNORED_LABEL = -100
-# Supervised positions whose logits exist at one time: 1,024 × 65,024 × 4 bytes = 254 MiB.
-LOSS_CHUNK = 1024
 
 
 class ChatGLM3PreTrainedModel(GlmPreTrainedModel):
@@ -278,19 +276,12 @@ class ChatGLM3ForCausalLM(PrefixSwitch, ChatGLM3PreTrainedModel, GlmForCausalLM)
         targets = labels[:, 1:].to(hidden.device)
         counts = targets != IGNORED_LABEL
         hidden, targets = hidden[:, :-1][counts], targets[counts]
-        total = hidden.sum(dtype=torch.float32) * 0  # a row without targets still has a loss, and a graph: zero
-        chunks = list(zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK)))
-        for chunk in chunks:
-            if len(chunks) > 1 and torch.is_grad_enabled():
-                total = total + checkpoint(self._summed_loss, *chunk, use_reentrant=False)
-            else:
-                total = total + self._summed_loss(*chunk)
+        if len(targets):
+            total = summed_cross_entropy(self.lm_head, hidden, targets)
+        else:  # still a loss, and a graph: zero
+            total = hidden.sum(dtype=torch.float32) * 0
         divisor = max(len(targets), 1) if num_items_in_batch is None else num_items_in_batch
         return total / (divisor.to(total.device) if isinstance(divisor, torch.Tensor) else divisor)
-
-    def _summed_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """(positions, hidden), (positions,) → ()"""
-        return F.cross_entropy(self.lm_head(hidden).float(), targets, reduction="sum")
 
 
 class ScoreHead(nn.Linear):

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
-from finetune_chatmodel_demo.chatglm3.modeling import LOSS_CHUNK
+from finetune_chatmodel_demo.chatglm3.losses import LOSS_CHUNK
 from finetune_chatmodel_demo.chatglm3.recomputing import CheckpointingPolicy
 from finetune_chatmodel_demo.training.arguments import FREEZE, FULL, LORA, P_TUNING
 from finetune_chatmodel_demo.training.parameter_counts import count_parameters, count_prefix, linear_sizes
@@ -31,7 +31,7 @@ GIB = 2**30
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 # Of a trained parameter: Adam's two moments in float32, and DeepSpeed's float32 copy of the weights.
 MOMENTS, MASTER = 8, 4
-# float32 log-probabilities, their gradient, and the logits or their gradient, for one chunk of the loss.
+# For one chunk of the loss behind a trained head: float32 log-probabilities, their gradient, and the logits or theirs.
 LOSS_BYTES = 12
 # Not counted from anything: what a CUDA context and its libraries usually take.
 CUDA_CONTEXT = 0.6 * GIB
@@ -249,16 +249,18 @@ def _weight_copies(shape: RunShape) -> tuple[float, float]:
 def loss_bytes(shape: RunShape) -> float:
     """Logits of a chunk with what the loss makes of them, the hidden states before them, and the head's gradient."""
     config = shape.config
-    chunk = min(shape.supervised, LOSS_CHUNK)
+    chunk = min(shape.supervised, LOSS_CHUNK) * config.padded_vocab_size
     hidden = shape.residual_bytes * config.hidden_size * (shape.supervised + shape.rows * shape.tokens)
-    logits = float(LOSS_BYTES * chunk * config.padded_vocab_size)
-    if shape.method == FULL:
-        head = config.padded_vocab_size * config.hidden_size
-        gradient = (
-            shape.number_bytes * (chunk * config.padded_vocab_size + head) + 4 * head * shape.has_autocast_weights
-        )
-        return hidden + max(logits, gradient)
-    return hidden + logits
+    if shape.method != FULL and not (shape.zero and shape.zero.stage == 3):
+        # Scores in float32 beside the logits or their gradient, and the gradient of the hidden states.
+        scores = float(chunk * (4 if shape.number_bytes == 4 else 4 + shape.number_bytes))
+        return hidden + scores + shape.residual_bytes * config.hidden_size * shape.supervised
+    logits = float(LOSS_BYTES * chunk)
+    if shape.method != FULL:
+        return hidden + logits
+    head = config.padded_vocab_size * config.hidden_size
+    gradient = shape.number_bytes * (chunk + head) + 4 * head * shape.has_autocast_weights
+    return hidden + max(logits, gradient)
 
 
 def _one_layer(shape: RunShape) -> float:
