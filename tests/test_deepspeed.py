@@ -154,6 +154,19 @@ def test_results_load_alone(runs):
         assert load_model(runs.model, pt_checkpoint=runs.folder / zero / "ptuning").prefix_encoder.length == 4
 
 
+@pytest.mark.parametrize("zero", STAGES)
+@pytest.mark.parametrize("method", DDP)
+def test_checkpoints_leave_frozen_weights_out(runs, zero, method):
+    """The base model has them; those of 6B are 12 GB."""
+    checkpoint = runs.folder / zero / method / "checkpoint-2"
+    states = [torch.load(path, weights_only=False) for path in checkpoint.rglob("*model_states.pt")]
+    names = {name for state in states for name, value in (state["module"] or {}).items() if value.numel()}
+    assert all("prefix_encoder" in name or "lora_" in name for name in names)
+    assert names or zero == "zero3"  # which has them in the optimizer's files
+    whole = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
+    assert whole < (runs.model / "model.safetensors").stat().st_size
+
+
 @pytest.fixture(scope="module")
 def later(runs) -> dict[str, str]:
     """What later calls on copies of the runs print: same, again, best (two processes), other (one process)."""

@@ -22,7 +22,6 @@ from finetune_chatmodel_demo.chatglm3.prefix import PrefixEncoder
 from finetune_chatmodel_demo.chatglm3.recomputing import set_policy
 from finetune_chatmodel_demo.training.memory import (
     GIB,
-    RunShape,
     _weight_copies,
     layer_bytes,
     outer_bytes,
@@ -35,6 +34,7 @@ from finetune_chatmodel_demo.training.parameter_counts import (
     count_parameters,
     count_prefix,
 )
+from finetune_chatmodel_demo.training.run_shape import RunShape
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "benchmarks"))
 

@@ -14,7 +14,8 @@ from finetune_chatmodel_demo import plan_memory
 from finetune_chatmodel_demo.chatglm3 import ChatGLM3Config
 from finetune_chatmodel_demo.training.memory import GIB
 from finetune_chatmodel_demo.training.remedies import find_remedies, read_gpu_memory
-from finetune_chatmodel_demo.training.run_plan import make_plan, read_zero
+from finetune_chatmodel_demo.training.run_plan import make_plan
+from finetune_chatmodel_demo.training.zero_config import read_zero
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIGS = REPOSITORY / "finetune_chatmodel_demo" / "configs"

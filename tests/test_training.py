@@ -195,13 +195,6 @@ def test_impossible_runs_are_refused_before_loading(model, data, tmp_path, optio
     assert not (tmp_path / "o").exists()
 
 
-def test_a_low_learning_rate_for_a_prefix_is_noted(model, data, tmp_path):
-    notices = decide(flags(model, data, tmp_path, pre_seq_len=8, learning_rate=2e-5)).notices
-    assert [n for n in notices if "2e-05 is low for P-Tuning v2" in n]
-    assert decide(flags(model, data, tmp_path, pre_seq_len=8)).notices == []
-    assert decide(flags(model, data, tmp_path, learning_rate=2e-5)).notices == []
-
-
 # Order of the rows
 
 

@@ -20,13 +20,12 @@ from finetune_chatmodel_demo.training.arguments import (
     SettingsError,
     StageArguments,
 )
+from finetune_chatmodel_demo.training.evaluation_checks import check_evaluation, check_overfit_check
 from finetune_chatmodel_demo.training.zero_config import read_stage
 
 if TYPE_CHECKING:
     from finetune_chatmodel_demo.training.settings import Settings
 
-# A prefix starts at N(0, 1). A published run at 2e-5 moved it by 0.01 in 1,000 steps and learned nothing.
-LOWEST_SENSIBLE_PREFIX_LEARNING_RATE = 1e-3
 # Flags that mean something for one method only → how to choose it.
 FLAGS_OF_METHOD = {
     P_TUNING: (
@@ -134,10 +133,10 @@ def check_settings(settings: "Settings") -> None:
     _check_quantization(settings)
     _check_deepspeed(settings)
     _check_unsupported(settings.given)
-    _check_evaluation(settings)
+    check_evaluation(settings)
     _check_streaming(settings)
     _check_packing(settings)
-    _check_overfit_check(settings)
+    check_overfit_check(settings)
 
 
 def _check_method(settings: "Settings") -> None:
@@ -155,12 +154,6 @@ def _check_method(settings: "Settings") -> None:
                 raise SettingsError(
                     f"--{flag} belongs to {HOW_TO_CHOOSE[owner]} (this run trains {settings.method_title}), or drop it"
                 )
-    rate = given.get("learning_rate")
-    if method == P_TUNING and rate is not None and rate < LOWEST_SENSIBLE_PREFIX_LEARNING_RATE:
-        settings.notices.append(
-            f"the learning rate {rate:g} is low for P-Tuning v2: a prefix starts at N(0, 1) and hardly moves at such a "
-            "rate; the original's scripts use 2e-2"
-        )
 
 
 def _check_prefix_start(model: ModelArguments, given: dict[str, object]) -> None:
@@ -274,75 +267,6 @@ def _check_unsupported(given: dict[str, object]) -> None:
         raise SettingsError("--push_to_hub is not supported; upload the folder --output_dir when it is finished")
     if given.get("fsdp"):
         raise SettingsError("--fsdp is not supported; use --deepspeed finetune_chatmodel_demo/configs/ds_zero2.json")
-
-
-def _check_evaluation(settings: "Settings") -> None:
-    given = settings.given
-    _check_best(settings)
-    if settings.has_validation:
-        return
-    how = "give --validation_file, --eval_dataset or --val_size"
-    if given.get("do_predict"):
-        raise SettingsError(f"--do_predict answers the validation data, and there is none: {how}")
-    if given.get("do_eval") or given.get("eval_strategy", "no") != "no":
-        raise SettingsError(f"evaluation needs --validation_file or the like: {how}, or drop --eval_strategy/--do_eval")
-    if given.get("lr_scheduler_type") == "reduce_lr_on_plateau":
-        raise SettingsError(f"reduce_lr_on_plateau follows the validation loss, and there is no validation data: {how}")
-
-
-def _check_best(settings: "Settings") -> None:
-    """What chooses the best checkpoint and the end of a run, and what it needs."""
-    run, given, stage = settings.run, settings.given, settings.stage.stage
-    if run.early_stopping_patience is not None:
-        if run.early_stopping_patience < 1:
-            raise SettingsError(
-                f"--early_stopping_patience is {run.early_stopping_patience}; give 1 or more evaluations, e.g. 3"
-            )
-        if not settings.has_validation:
-            raise SettingsError(
-                "--early_stopping_patience follows the evaluations, and there is no validation data: give "
-                "--validation_file, --eval_dataset or --val_size"
-            )
-        if "no" in (given.get("eval_strategy"), given.get("save_strategy") if "eval_strategy" not in given else None):
-            raise SettingsError(
-                "--early_stopping_patience follows the evaluations, and --eval_strategy (or --save_strategy) no makes "
-                "none; use steps or epoch"
-            )
-    elif "early_stopping_threshold" in given:
-        raise SettingsError("--early_stopping_threshold belongs to --early_stopping_patience N; add it")
-    if run.eval_questions < 0:
-        raise SettingsError(f"--eval_questions is {run.eval_questions}; give a number of replies, e.g. 100, or 0")
-    if run.eval_questions and stage not in ("pt", "sft"):
-        raise SettingsError(f"--eval_questions asks for replies, which --stage {stage} does not train; drop it")
-    if run.eval_questions and stage == "pt":
-        raise SettingsError("--eval_questions asks for replies, and the rows of --stage pt have none; drop it")
-    if run.eval_questions and not settings.has_validation:
-        raise SettingsError(
-            "--eval_questions asks for replies of the validation data, and there is none: give --validation_file, "
-            "--eval_dataset or --val_size"
-        )
-    if run.eval_questions_file:
-        if not run.eval_questions:
-            raise SettingsError("--eval_questions_file says what is asked, --eval_questions N how many; add it")
-        if not Path(run.eval_questions_file).is_file():
-            raise SettingsError(f"--eval_questions_file {run.eval_questions_file} does not exist")
-    if str(given.get("metric_for_best_model")) in ("exact", "eval_exact") and not run.eval_questions:
-        raise SettingsError("--metric_for_best_model exact needs --eval_questions N, e.g. 100, which measures it")
-
-
-def _check_overfit_check(settings: "Settings") -> None:
-    run, given = settings.run, settings.given
-    if run.overfit_check is None:
-        return
-    if run.overfit_check < 1:
-        raise SettingsError(f"--overfit_check is {run.overfit_check}; give a number of rows, e.g. 8")
-    if settings.stage.stage != "sft":
-        raise SettingsError(f"--overfit_check looks at replies: use it with --stage sft, not {settings.stage.stage}")
-    for flag in ("deepspeed", "streaming", "do_predict", "do_eval"):
-        if given.get(flag):
-            raise SettingsError(f"--overfit_check trains on a few rows in one process; drop --{flag}")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise SettingsError("--overfit_check works in one process; start it with python, not with torchrun")
 
 
 def _check_streaming(settings: "Settings") -> None:

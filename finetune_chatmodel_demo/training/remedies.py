@@ -7,8 +7,9 @@ from pathlib import Path
 
 from finetune_chatmodel_demo.chatglm3.recomputing import CheckpointingPolicy
 from finetune_chatmodel_demo.training.arguments import LORA, P_TUNING, SettingsError
-from finetune_chatmodel_demo.training.memory import GIB, MemoryPlan, RunShape, plan_memory
-from finetune_chatmodel_demo.training.run_plan import read_zero
+from finetune_chatmodel_demo.training.memory import GIB, MemoryPlan, plan_memory
+from finetune_chatmodel_demo.training.run_shape import RunShape
+from finetune_chatmodel_demo.training.zero_config import read_zero
 
 # GB on the cards' boxes; manufacturers count these in GiB.
 GPUS = {

@@ -18,22 +18,15 @@ from finetune_chatmodel_demo.training.arguments import (
     MethodArguments,
     SettingsError,
 )
-from finetune_chatmodel_demo.training.memory import (
-    GIB,
-    MASTER,
-    MOMENTS,
-    MemoryPlan,
-    RunShape,
-    Zero,
-    plan_memory,
-    weight_bytes,
-)
+from finetune_chatmodel_demo.training.memory import GIB, MemoryPlan, plan_memory, weight_bytes
 from finetune_chatmodel_demo.training.parameter_counts import (
     count_adapter,
     count_frozen_rest,
     count_parameters,
     count_prefix,
 )
+from finetune_chatmodel_demo.training.run_shape import MASTER, MOMENTS, RunShape
+from finetune_chatmodel_demo.training.zero_config import read_zero
 
 OFFICIAL_6B = "6b"
 DEFAULT_PRE_SEQ_LEN = 128
@@ -42,8 +35,6 @@ OPTIMIZER_BYTES = {
     "sgd": 0, "adafactor": 0.1, "adamw_bnb_8bit": 2, "adamw_8bit": 2, "paged_adamw_8bit": 0, "paged_adamw_32bit": 0,
     "lion_8bit": 1, "lion_32bit": 4,
 }  # fmt: skip
-# DeepSpeed's own defaults, in numbers (https://www.deepspeed.ai/docs/config-json/).
-ZERO_BUCKET, ZERO_LIVE = 5e8, 1e9
 # Python with torch, transformers and CUDA's libraries, in each process.
 PROCESS_BYTES = 3 * GIB
 # Of rows and tokens of stages that do not train on one sequence a row: pairs are two.
@@ -264,49 +255,6 @@ def count_trained(given: dict[str, Any], config: ChatGLM3Config, method: str, pr
     return score + sum(count_parameters(config).values())
 
 
-def read_zero(settings: Any, config: ChatGLM3Config) -> Zero | None:
-    """What --deepspeed asks for: a file, its JSON text, or a mapping.
-
-    Raises:
-        SettingsError: for a configuration that cannot be read.
-    """
-    if not settings:
-        return None
-    try:
-        if not isinstance(settings, dict):
-            text = str(settings)
-            settings = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8"))
-        zero = dict(settings.get("zero_optimization") or {})
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"--deepspeed {settings}: {error}") from error
-    stage = int(zero.get("stage", 0))
-    if stage == 0:
-        return None
-    reduce = _number(zero.get("reduce_bucket_size"), config.hidden_size**2, ZERO_BUCKET)
-    buffers = reduce * 2 * (2 if zero.get("overlap_comm") else 1)
-    if stage == 3:
-        everything = sum(count_parameters(config).values())
-        live = _number(zero.get("stage3_max_live_parameters"), ZERO_LIVE, ZERO_LIVE)
-        prefetch = _number(zero.get("stage3_prefetch_bucket_size"), 0.9 * config.hidden_size**2, ZERO_BUCKET)
-        buffers += 2 * min(live + prefetch, everything)
-    else:
-        buffers += 2 * _number(zero.get("allgather_bucket_size"), ZERO_BUCKET, ZERO_BUCKET)
-    return Zero(
-        stage=stage,
-        offloads_optimizer=_is_offloaded(zero.get("offload_optimizer")),
-        offloads_weights=stage == 3 and _is_offloaded(zero.get("offload_param")),
-        buffer_bytes=float(buffers),
-    )
-
-
-def _number(value: Any, automatic: float, default: float) -> float:
-    return default if value is None else automatic if value == "auto" else float(value)
-
-
-def _is_offloaded(section: Any) -> bool:
-    return isinstance(section, dict) and section.get("device", "none") != "none"
-
-
 def host_bytes(shape: RunShape) -> float:
     """The machine's memory: each process, what it loads (with ZeRO-3 its part), and what is offloaded."""
     weights = weight_bytes(shape)
@@ -329,8 +277,8 @@ def result_bytes(shape: RunShape) -> float:
 
 
 def checkpoint_bytes(shape: RunShape) -> float:
-    """A result with the optimizer's state; DeepSpeed adds its float32 copy and the model once more."""
+    """A result with the optimizer's state; DeepSpeed adds its float32 copy, and what is trained once more."""
     size = result_bytes(shape) + shape.optimizer_bytes * shape.trained
     if shape.zero:
-        size += MASTER * shape.trained + 2.0 * sum(count_parameters(shape.config).values())
+        size += (MASTER + 2) * shape.trained
     return size

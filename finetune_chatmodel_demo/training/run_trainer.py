@@ -4,7 +4,6 @@ Rows in units of similar length, tokens per second, a stop at the first loss tha
 are whole or not there.
 """
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +11,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset, IterableDataset, Sampler
+from torch.utils.data import Dataset, Sampler
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from finetune_chatmodel_demo.conversation.records import RecordError
-from finetune_chatmodel_demo.conversation.rendering import IGNORED_LABEL
 from finetune_chatmodel_demo.training.arguments import FULL, LORA, P_TUNING
 from finetune_chatmodel_demo.training.callbacks import (
     EpochOrder,
@@ -35,77 +32,17 @@ from finetune_chatmodel_demo.training.checkpoints import (
 )
 from finetune_chatmodel_demo.training.diagnosis import LearningWatch, read_number
 from finetune_chatmodel_demo.training.methods import load_trained, save_trained
+from finetune_chatmodel_demo.training.numbered_rows import ADDED, NumberedCollator, NumberedStream, number_rows
 from finetune_chatmodel_demo.training.plots import plot_curves
 from finetune_chatmodel_demo.training.sampling import FixedOrder, order_rows
 from finetune_chatmodel_demo.training.settings import Settings
-from finetune_chatmodel_demo.training.zero import gather_parameters, load_shared
+from finetune_chatmodel_demo.training.zero import gather_parameters, leave_out_frozen, load_shared
 
 RESULT = "result"
-ADDED = ("row_index", "token_counts")  # by NumberedCollator
 
 
 class NonFiniteLossError(RuntimeError):
     """The loss or the gradient became infinite or not a number."""
-
-
-class NumberedRows(Dataset):
-    """A dataset whose items know their index, so that a bad batch can be named."""
-
-    def __init__(self, rows: Any) -> None:
-        self.rows = rows
-        self.lengths: list[int] = rows.lengths
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.rows[index], "row_index": index, "row_length": self.lengths[index]}
-
-
-class NumberedStream(IterableDataset):
-    """The same for rows that are read while training, pass after pass without end.
-
-    Trainer cannot tell passes apart whose length it does not know: a resumed run would begin with the first again.
-    """
-
-    def __init__(self, rows: Any) -> None:
-        self.rows = rows
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        index = 0
-        for epoch in itertools.count():
-            self.rows.set_epoch(epoch)
-            before = index
-            for row in self.rows:
-                yield {**row, "row_index": index, "row_length": len(row["input_ids"])}
-                index += 1
-            if index == before:
-                raise RecordError(f"no row is left to train on: {self.rows.report}")
-
-
-class NumberedCollator:
-    """Pads with another collator and adds `row_index` (B,) and `token_counts` (B, 2): all, supervised.
-
-    Only the sums of `token_counts` over a batch mean something: the first row has all supervised tokens.
-    """
-
-    def __init__(self, collate: Callable[[list[dict]], dict[str, torch.Tensor]]) -> None:
-        self.collate = collate
-
-    def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        added = ("row_index", "row_length")
-        batch = self.collate([{key: item[key] for key in item if key not in added} for item in items])
-        counts = torch.tensor([[item["row_length"], 0] for item in items])
-        counts[0, 1] = (batch["labels"][:, 1:] != IGNORED_LABEL).sum() if "labels" in batch else counts[:, 0].sum()
-        batch["row_index"] = torch.tensor([item["row_index"] for item in items])
-        batch["token_counts"] = counts
-        return batch
-
-
-def _number(rows: Any | None) -> NumberedRows | NumberedStream | None:
-    if rows is None:
-        return None
-    return NumberedStream(rows) if isinstance(rows, IterableDataset) else NumberedRows(rows)
 
 
 class RunTrainer(Trainer):
@@ -147,8 +84,8 @@ class RunTrainer(Trainer):
             model=model,
             args=settings.training,
             data_collator=NumberedCollator(collate),
-            train_dataset=_number(train_rows),
-            eval_dataset=_number(validation_rows),
+            train_dataset=number_rows(train_rows),
+            eval_dataset=number_rows(validation_rows),
             callbacks=[self.throughput, EpochOrder(self), *build_early_stopping(settings.run), *callbacks],
             **kwargs,
         )
@@ -360,6 +297,17 @@ class RunTrainer(Trainer):
         """Does nothing: `workflow` loads the weights of a checkpoint in place of the base model's."""
 
     # DeepSpeed. Without an engine no step was left to train; the weights are those of the checkpoint.
+
+    @property
+    def deepspeed(self) -> Any:
+        """The engine; None before the training, and where no step is left. The library sets it."""
+        return self._engine
+
+    @deepspeed.setter
+    def deepspeed(self, engine: Any) -> None:
+        self._engine = engine
+        if engine is not None and self.settings.method != FULL:
+            leave_out_frozen(engine)
 
     @property
     def has_shared_weights(self) -> bool:

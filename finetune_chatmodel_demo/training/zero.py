@@ -9,6 +9,7 @@ Exercise it with `pytest -m slow tests/test_deepspeed.py`.
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,23 @@ def connect() -> None:
 
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed()
+
+
+def leave_out_frozen(engine: Any) -> None:
+    """Keeps frozen weights out of DeepSpeed's part of a checkpoint: the base model has them.
+
+    transformers does so for adapters alone. Without it, each checkpoint of a prefix on the 6B model has 12 GB.
+
+    Args:
+        engine: DeepSpeed's, of a model of which a part is trained.
+    """
+    load = engine.load_checkpoint
+
+    def load_trained_part(*args: Any, **kwargs: Any) -> Any:
+        return load(*args, **{**kwargs, "load_module_strict": False})
+
+    engine.save_checkpoint = partial(engine.save_checkpoint, exclude_frozen_parameters=True)
+    engine.load_checkpoint = load_trained_part
 
 
 def gather_parameters(model: nn.Module, *, only_trained: bool = False) -> dict[str, torch.Tensor]:

@@ -183,7 +183,8 @@ def measure_steps(
     import torch
 
     from finetune_chatmodel_demo.chatglm3.recomputing import set_policy
-    from finetune_chatmodel_demo.training.memory import RunShape, plan_memory
+    from finetune_chatmodel_demo.training.memory import plan_memory
+    from finetune_chatmodel_demo.training.run_shape import RunShape
 
     model.train()
     set_policy(model, policy)
