@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from adapter_helpers import make_adapter
+from conversation_helpers import message, write_jsonl
 from generation_helpers import build_prefix_folder, build_random_folder
 
 from finetune_chatmodel_demo import evaluate
@@ -27,15 +28,6 @@ CAP = 12
 REPOSITORY = Path(__file__).resolve().parents[1]
 CSV = REPOSITORY / "data_processing" / "data.csv"
 KANTO = REPOSITORY / "data_processing" / "templates" / "pokemon_kanto.yaml"
-
-
-def message(role, content, **keys):
-    return {"role": role, "content": content, **keys}
-
-
-def write_records(path, records):
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +62,7 @@ def data(tmp_path_factory, model, tokenizer):
         second = answer(model, tokenizer, talk) if i < 5 else "不知道"
         talk += [message("assistant", second, column="弱点"), message("user", "谢谢"), message("assistant", "再见")]
         records.append({"conversations": talk})
-    return write_records(tmp_path_factory.mktemp("data") / "pokemon.jsonl", records)
+    return write_jsonl(tmp_path_factory.mktemp("data") / "pokemon.jsonl", records)
 
 
 def answer(model, tokenizer, messages):
@@ -166,7 +158,7 @@ def test_the_sample_is_seeded_and_keeps_the_order_of_the_file(data):
 
 def test_the_sample_is_fair(tmp_path):
     record = {"conversations": [message("user", "?"), message("assistant", "!", column="c")] * 10}
-    path = write_records(tmp_path / "f.jsonl", [record])
+    path = write_jsonl(tmp_path / "f.jsonl", [record])
     every = read_questions(path)[0]
     counts = [0] * 10
     for seed in range(600):
@@ -180,7 +172,7 @@ def test_gold_history_and_tools_come_before_a_question(tmp_path):
     tools = [{"name": "query"}]
     call = {"role": "tool", "name": "query", "parameters": {}, "observation": "电"}
     talk = [message("user", "？"), call, message("assistant", " 电 ", column="属性"), message("assistant", "没有列")]
-    path = write_records(tmp_path / "f.jsonl", [{"tools": tools, "conversations": talk}])
+    path = write_jsonl(tmp_path / "f.jsonl", [{"tools": tools, "conversations": talk}])
     assert read_questions(path)[0] == [Question("属性", talk[:2], tools, "电")]
 
 
@@ -255,7 +247,7 @@ def test_tables_align_wide_characters():
 )
 def test_mistakes(capsys, tmp_path, data, base, flags, error):
     talk = [message("user", "？"), message("assistant", "！")]
-    no_questions = write_records(tmp_path / "plain.jsonl", [{"conversations": talk}])
+    no_questions = write_jsonl(tmp_path / "plain.jsonl", [{"conversations": talk}])
     places = {"data": data, "no_questions": no_questions, "missing": tmp_path / "missing", "csv": CSV, "kanto": KANTO}
     code, out, err = run(capsys, "--model", base, *(flag.format(**places) for flag in flags))
     assert (code, out) == (2, "")

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from adapter_helpers import make_adapter
+from conversation_helpers import assistant, message, user
 from generation_helpers import PREFIX_LENGTH, build_prefix_folder, build_random_folder, greedy_without_cache
 
 from finetune_chatmodel_demo import inference
@@ -52,10 +53,6 @@ def reference_reply(model, tokenizer, messages, count, prompt_format="multi-turn
     prompt = render_prompt(tokenizer, messages, prompt_format=prompt_format)
     ids = greedy_without_cache(model, prompt, tokenizer.stop_token_ids, count)
     return read_reply(tokenizer, ids, prompt_format).text
-
-
-def user(text):
-    return {"role": "user", "content": text}
 
 
 def choose(*flags):
@@ -318,7 +315,7 @@ def test_one_shot_equals_the_argmax_reference(capsys, base, prefix, model, token
 
 def test_the_system_prompt_is_used(capsys, prefix, model, tokenizer):
     flags = ["--pt-checkpoint", prefix, "--prompt", QUESTION, "--max-new-tokens", 16, "--system", "你是图鉴。"]
-    expected = reference_reply(model, tokenizer, [{"role": "system", "content": "你是图鉴。"}, user(QUESTION)], 16)
+    expected = reference_reply(model, tokenizer, [message("system", "你是图鉴。"), user(QUESTION)], 16)
     assert run_main(capsys, *flags)[1] == expected + "\n"
 
 
@@ -358,7 +355,7 @@ def test_piped_prompts_are_one_conversation(base, prefix, model, tokenizer, tmp_
     )
     assert done.returncode == 0, done.stderr.decode()
     first = reference_reply(model, tokenizer, [user(QUESTION)], 12)
-    history = [user(QUESTION), {"role": "assistant", "content": first}, user("它的弱点？")]
+    history = [user(QUESTION), assistant(first), user("它的弱点？")]
     assert done.stdout.decode() == f"{first}\n{reference_reply(model, tokenizer, history, 12)}\n"
 
 
@@ -403,7 +400,7 @@ def talk(session, *lines, out=None):
 def test_the_chat_keeps_its_history_and_obeys(model, tokenizer):
     session = ChatSession(model, tokenizer, max_new_tokens=8)
     first = reference_reply(model, tokenizer, [user("一")], 8)
-    second = reference_reply(model, tokenizer, [user("一"), {"role": "assistant", "content": first}, user("二")], 8)
+    second = reference_reply(model, tokenizer, [user("一"), assistant(first), user("二")], 8)
     shown = talk(session, "一", "", "二", "/history", "/clear", "/history", "一", "/exit", "三")
     assert shown == (
         f"assistant> {first}\nassistant> {second}\n"
@@ -414,7 +411,7 @@ def test_the_chat_keeps_its_history_and_obeys(model, tokenizer):
 
 def test_system_prompt_in_the_chat(model, tokenizer):
     session = ChatSession(model, tokenizer, max_new_tokens=8)
-    expected = reference_reply(model, tokenizer, [{"role": "system", "content": "图鉴"}, user("一")], 8)
+    expected = reference_reply(model, tokenizer, [message("system", "图鉴"), user("一")], 8)
     shown = talk(session, "零", "/system 图鉴", "一", "/history", "/system -", "/system")
     assert shown.endswith(
         f"(system prompt: 图鉴)\nassistant> {expected}\nsystem: 图鉴\nuser: 一\nassistant: {expected}\n"

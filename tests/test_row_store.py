@@ -1,12 +1,12 @@
 """Tokenized rows that are kept: tokenized once, found again while nothing has changed, never in memory as a whole."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conversation_helpers import assistant, conversation, user, write_jsonl
 
 from finetune_chatmodel_demo.conversation import datasets, row_store
 from finetune_chatmodel_demo.conversation.arguments import DataArguments
@@ -18,12 +18,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def write(path: Path, answers: list[str]) -> Path:
-    lines = [
-        {"conversations": [{"role": "user", "content": "属性？"}, {"role": "assistant", "content": answer}]}
-        for answer in answers
-    ]
-    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    return path
+    return write_jsonl(path, [conversation(user("属性？"), assistant(answer)) for answer in answers])
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY
+from conversation_helpers import write_jsonl
 
 from finetune_chatmodel_demo.conversation import source_files
 from finetune_chatmodel_demo.conversation.json_files import RecordError
@@ -59,11 +60,6 @@ def write_json(path: Path, rows: list, indent: int | None = None) -> Path:
     return path
 
 
-def write_lines(path: Path, rows: list) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
 def write_csv(path: Path, rows: list[dict], encoding: str = "utf-8") -> Path:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
@@ -81,7 +77,7 @@ def write_parquet(path: Path, rows: list[dict], **options: Any) -> Path:
     return path
 
 
-WRITERS = {"json": write_json, "jsonl": write_lines, "csv": write_csv, "parquet": write_parquet}
+WRITERS = {"json": write_json, "jsonl": write_jsonl, "csv": write_csv, "parquet": write_parquet}
 EXPECTED = [(f"问{i}", f"答{i}") for i in range(4)]
 
 
@@ -126,7 +122,7 @@ def test_a_bad_row_is_named_or_counted(folder: Path, extension: str):
 
 
 def test_only_bad_rows_and_no_rows(folder: Path):
-    write_lines(folder / "a.jsonl", [{"instruction": "", "output": "a"}])
+    write_jsonl(folder / "a.jsonl", [{"instruction": "", "output": "a"}])
     source = open_one(folder, file_name="a.jsonl", options={"on_bad_record": "skip"})
     with pytest.raises(RecordError, match=r"all 1 records of .*a\.jsonl are bad; the first: .*'instruction' is empty"):
         list(source)
@@ -255,7 +251,7 @@ def test_a_file_that_is_no_parquet(folder: Path):
 
 def test_a_folder_of_files(folder: Path, caplog: pytest.LogCaptureFixture):
     (folder / "rows").mkdir()
-    write_lines(folder / "rows" / "b.jsonl", ROWS[2:])
+    write_jsonl(folder / "rows" / "b.jsonl", ROWS[2:])
     write_csv(folder / "rows" / "a.csv", ROWS[:2])
     (folder / "rows" / "README.md").write_text("no data")
     (folder / "rows" / ".hidden.json").write_text("no data")
@@ -273,7 +269,7 @@ def test_a_folder_of_files(folder: Path, caplog: pytest.LogCaptureFixture):
 
 
 def test_files_that_are_not_there(folder: Path):
-    write_lines(folder / "train.jsonl", ROWS)
+    write_jsonl(folder / "train.jsonl", ROWS)
     (folder / "empty").mkdir()
     (folder / "a.txt").write_text("a")
     assert complaint(folder, file_name="trian.jsonl") == (
@@ -291,7 +287,7 @@ def test_files_that_are_not_there(folder: Path):
 
 
 def test_sha1(folder: Path):
-    path = write_lines(folder / "a.jsonl", ROWS)
+    path = write_jsonl(folder / "a.jsonl", ROWS)
     right = hashlib.sha1(path.read_bytes()).hexdigest()
     wrong = "0" * 40
     for accepted in (right, right.upper(), "", None):
@@ -301,7 +297,7 @@ def test_sha1(folder: Path):
         "the registry"
     )
     (folder / "rows").mkdir()
-    write_lines(folder / "rows" / "a.jsonl", ROWS)
+    write_jsonl(folder / "rows" / "a.jsonl", ROWS)
     assert complaint(folder, file_name="rows", file_sha1=right) == (
         f": 'file_sha1' is that of one file, but {folder}/rows is a folder; remove the key"
     )
@@ -309,7 +305,7 @@ def test_sha1(folder: Path):
 
 @pytest.mark.parametrize("key", ["subset", "folder", "split"])
 def test_a_file_has_no_subset_folder_or_split(folder: Path, key: str):
-    write_lines(folder / "a.jsonl", ROWS)
+    write_jsonl(folder / "a.jsonl", ROWS)
     assert complaint(folder, file_name="a.jsonl", **{key: "validation"}) == (
         f": '{key}' is 'validation', but a file has no {key}; remove the key, or give hf_hub_url, ms_hub_url or "
         "script_url"
@@ -319,7 +315,7 @@ def test_a_file_has_no_subset_folder_or_split(folder: Path, key: str):
 
 def test_num_samples(folder: Path):
     rows = [ROWS[0], {"instruction": "", "output": "x"}, *ROWS[1:]]
-    write_lines(folder / "a.jsonl", rows)
+    write_jsonl(folder / "a.jsonl", rows)
     skip = {"on_bad_record": "skip"}
     assert asked(open_one(folder, file_name="a.jsonl", num_samples=1)) == EXPECTED[:1]
     source = open_one(folder, file_name="a.jsonl", num_samples=3, options=skip)
@@ -332,7 +328,7 @@ def test_num_samples(folder: Path):
 
 
 def test_columns_that_nothing_uses_are_told(folder: Path, caplog: pytest.LogCaptureFixture):
-    write_lines(folder / "a.jsonl", [{**row, "system": "你是助手。", "history": []} for row in ROWS])
+    write_jsonl(folder / "a.jsonl", [{**row, "system": "你是助手。", "history": []} for row in ROWS])
     with caplog.at_level(logging.WARNING):
         list(open_one(folder, file_name="a.jsonl"))
     assert [record.message for record in caplog.records] == [
@@ -350,7 +346,7 @@ def test_columns_that_nothing_uses_are_told(folder: Path, caplog: pytest.LogCapt
 
 
 def test_a_stage_that_does_not_fit(folder: Path):
-    write_lines(folder / "a.jsonl", ROWS)
+    write_jsonl(folder / "a.jsonl", ROWS)
     assert complaint(folder, kind="preference", file_name="a.jsonl").startswith(
         " serves the stages pt, sft, ppo and not rm or dpo: ranking is false"
     )
@@ -365,9 +361,9 @@ def hub_folder(folder: Path) -> Path:
     repository = folder / "repository"
     for name in ("en", "zh"):
         (repository / name).mkdir(parents=True)
-    write_lines(repository / "en" / "train.jsonl", ROWS[:1])
-    write_lines(repository / "en" / "test.jsonl", ROWS[3:])
-    write_lines(repository / "zh" / "train.jsonl", ROWS[1:3])
+    write_jsonl(repository / "en" / "train.jsonl", ROWS[:1])
+    write_jsonl(repository / "en" / "test.jsonl", ROWS[3:])
+    write_jsonl(repository / "zh" / "train.jsonl", ROWS[1:3])
     return repository
 
 
@@ -565,7 +561,7 @@ def test_a_script_with_a_function(folder: Path):
 
 def test_a_script_with_a_builder(folder: Path):
     path = write_script(folder, BUILDER)
-    write_lines(folder / "rows" / "rows.jsonl", ROWS)
+    write_jsonl(folder / "rows" / "rows.jsonl", ROWS)
     assert asked(open_one(folder, script_url="rows", options=ALLOWED)) == EXPECTED
     assert asked(open_one(folder, script_url="rows", split="test", options=ALLOWED)) == EXPECTED[3:]
     assert complaint(folder, script_url="rows", split="validation", options=ALLOWED) == (
