@@ -1,6 +1,8 @@
 """Fixtures shared by the rooms' tests: golden data, the official tokenizer (where there is one), small models."""
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -46,3 +48,40 @@ def tokenizer(tiny_folder: Path):
     from finetune_chatmodel_demo.chatglm3 import load_tokenizer
 
     return load_tokenizer(tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+    """Folder of a random model of 2 layers with its tokenizer; all tests read the same one, so none writes into it."""
+    from training_helpers import make_model
+
+    return make_model(tmp_path_factory.mktemp("model"), tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """File of 24 conversations; all tests read the same one, so none writes into it."""
+    from training_helpers import write_conversations
+
+    return write_conversations(tmp_path_factory.mktemp("data") / "train.jsonl")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Sums of floats depend on the number of threads: for tests that compare bits, and for speed on small models."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.freeze()  # every run collects garbage, half a second with all of transformers loaded
+    yield
+    gc.unfreeze()
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss curve takes longer than a run of a small model."""
+    from finetune_chatmodel_demo.training import run_trainer
+
+    monkeypatch.setattr(run_trainer, "plot_curves", lambda *_: None)

@@ -5,11 +5,10 @@ import random
 from pathlib import Path
 
 import training_helpers
-from training_helpers import ROWS, flags
+from conversation_helpers import pair, user, write_jsonl
+from training_helpers import ROWS, decide
 
 from finetune_chatmodel_demo.training import run_trainer, workflow
-from finetune_chatmodel_demo.training.command_line import parse_given
-from finetune_chatmodel_demo.training.settings import decide_settings
 
 METHODS = {
     "ptuning": {"pre_seq_len": 4, "learning_rate": 3e-2},
@@ -24,27 +23,15 @@ def write_pairs(path: Path, rows: int = ROWS, seed: int = 0) -> Path:
     draw = random.Random(seed)
     records = []
     for _ in range(rows):
-        question = {"role": "user", "content": "皮卡丘的属性是什么" * draw.randint(1, 3)}
+        question = user("皮卡丘的属性是什么" * draw.randint(1, 3))
         chosen, rejected = (text * draw.randint(1, 4) for text in ("电属性的", "草系的宝可梦"))
-        records.append(
-            {
-                "conversations": [question],
-                "chosen": {"role": "assistant", "content": chosen},
-                "rejected": {"role": "assistant", "content": rejected},
-            }
-        )
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
-    return path
+        records.append(pair([question], chosen, rejected))
+    return write_jsonl(path, records)
 
 
 def train(model: Path, data: Path, output: Path, **options: object) -> int:
     """Runs finetune.py in this process, without pictures, and returns its exit status."""
     return training_helpers.train(model, data, output, plot_loss=False, **options)
-
-
-def decide(model: Path, data: Path, output: Path, **options: object):
-    """The settings of a run."""
-    return decide_settings(*parse_given(flags(model, data, output, **options)))
 
 
 def build_trainer(model: Path, data: Path, output: Path, **options: object):

@@ -1,14 +1,12 @@
 """The example settings in finetune_chatmodel_demo/configs: each is parsed down to a decided run, and each runs."""
 
-import gc
 import json
 import math
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from training_helpers import make_model, read_log
+from training_helpers import read_log
 
 from finetune_chatmodel_demo import finetune
 from finetune_chatmodel_demo.conversation.registry import choose_entries, find_dataset_dir, read_registry
@@ -46,26 +44,13 @@ PICTURES = {
 }
 KINDS = {"pt": "text", "sft": "multi-turn", "ppo": "multi-turn", "rm": "preference", "dpo": "preference"}
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.freeze()  # every run collects garbage, half a second with all of transformers loaded
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
 def in_repository(monkeypatch):
     """Where the files say that they are started."""
     monkeypatch.chdir(REPOSITORY)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, tiny_folder) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"), tiny_folder)
 
 
 @pytest.fixture(scope="module")

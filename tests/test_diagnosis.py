@@ -8,38 +8,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from training_helpers import flags, make_model, read_log, train, write_conversations
+from conversation_helpers import assistant, conversation, user, write_jsonl
+from training_helpers import decide, read_log, train
 
-from finetune_chatmodel_demo.training import diagnosis, run_trainer, trends
-from finetune_chatmodel_demo.training.command_line import parse_given
+from finetune_chatmodel_demo.training import diagnosis, trends
 from finetune_chatmodel_demo.training.diagnosis import LearningWatch
-from finetune_chatmodel_demo.training.settings import decide_settings
 
 PUBLISHED_STEPS = 1000
 # The published log: 5.06 on average in its first 50 steps, 4.99 in its last 50.
 PUBLISHED_START, PUBLISHED_END = 5.06, 4.99
 
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr(run_trainer, "plot_curves", lambda *_: None)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, tiny_folder):
-    return make_model(tmp_path_factory.mktemp("model"), tiny_folder)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_conversations(tmp_path_factory.mktemp("data") / "train.jsonl")
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.fixture(scope="module")
 def make_settings(model, data, tmp_path_factory):
     def make(method="ptuning", **options):
         options = {"finetuning_type": method} | options
-        return decide_settings(*parse_given(flags(model, data, tmp_path_factory.mktemp("o") / "o", **options)))
+        return decide(model, data, tmp_path_factory.mktemp("o") / "o", **options)
 
     return make
 
@@ -272,9 +258,7 @@ def test_batches_with_next_to_nothing_supervised(make_settings):
 
 
 def test_data_with_few_supervised_tokens_for_real(model, tmp_path, caplog):
-    turns = [{"role": "user", "content": "皮卡丘" * 900}, {"role": "assistant", "content": "电"}]
-    path = tmp_path / "d.jsonl"
-    path.write_text(json.dumps({"conversations": turns}) + "\n", encoding="utf-8")
+    path = write_jsonl(tmp_path / "d.jsonl", [conversation(user("皮卡丘" * 900), assistant("电"))])
     options = {"finetuning_type": "lora", "max_steps": 1, "per_device_train_batch_size": 1}
     with caplog.at_level(logging.WARNING, logger="finetune_chatmodel_demo"):
         assert train(model, path, tmp_path / "o", **options) == 0

@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-from preference_helpers import METHODS, build_trainer, decide, read_evaluation, remember_runs, train, write_pairs
+from preference_helpers import METHODS, build_trainer, read_evaluation, remember_runs, train, write_pairs
 from safetensors.torch import load_file
-from training_helpers import losses, make_model, read_log
+from training_helpers import assert_resumes_to_the_same_weights, decide, load_result, losses, read_log
 
 from finetune_chatmodel_demo.chatglm3 import ChatGLM3ForCausalLM, load_model
 from finetune_chatmodel_demo.chatglm3.adapters import load_adapter
@@ -19,11 +19,6 @@ pytest.importorskip("trl", minversion="1.16")
 BETA = 0.2
 PROBE = torch.tensor([[5, 17, 99, 250, 31, 7, 1200, 44]])
 FILES = {"ptuning": "prefix_encoder.safetensors", "lora": "adapter_model.safetensors"}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, tiny_folder):
-    return make_model(tmp_path_factory.mktemp("model"), tiny_folder)
 
 
 @pytest.fixture(scope="module")
@@ -299,14 +294,6 @@ def test_only_one_base_model_is_loaded(model, data, tmp_path, monkeypatch):
 # What is trained and saved
 
 
-def load_result(method, model, output):
-    if method == "ptuning":
-        return load_model(model, pt_checkpoint=output)
-    if method == "lora":
-        return load_adapter(load_model(model), output).eval()
-    return load_model(output)
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_only_what_is_trained_changes_and_it_loads_to_the_same_logits(method, model, data, tmp_path, monkeypatch):
     runs = remember_runs(monkeypatch)
@@ -343,19 +330,13 @@ def _refuse(*args, **kwargs):
 def test_a_resumed_run_ends_with_the_same_weights(start, model, adapter, prefix, data, tmp_path):
     """The reference of the second part is that of the first one, although the policy has moved."""
     method = {"adapter": "lora", "prefix": "ptuning"}.get(start, start)
-    options = {**METHODS[method], "stage": "dpo", "max_steps": 6, "save_steps": 3}
+    options = METHODS[method] | {"stage": "dpo"}
     if start == "adapter":
         options["adapter_name_or_path"] = adapter
     if start == "prefix":
         options |= {"ptuning_checkpoint": prefix}
-    for name in "ab":
-        assert train(model, data, tmp_path / name, **options) == 0
-    checkpoints.remove_checkpoint(tmp_path / "b" / "checkpoint-6")
-    assert train(model, data, tmp_path / "b", resume_from_checkpoint=True, **options) == 0
     file = FILES.get(method, "model.safetensors")
-    first, second = (load_file(tmp_path / name / file) for name in "ab")
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert_resumes_to_the_same_weights(model, data, tmp_path, file, **options)
     log = [[entry["rewards/margins"] for entry in read_log(tmp_path / name) if "loss" in entry] for name in "ab"]
     assert log[0] == log[1]
 

@@ -4,33 +4,19 @@ import json
 
 import pytest
 import torch
+from conversation_helpers import conversation, message, write_jsonl
 from evaluation_helpers import build_questions
 from safetensors.torch import load_file
-from training_helpers import flags, make_model, read_log, train, write_conversations
+from training_helpers import decide, read_log, train, write_conversations
 
 from finetune_chatmodel_demo.chatglm3 import load_model, load_tokenizer
 from finetune_chatmodel_demo.conversation import build_dataset
 from finetune_chatmodel_demo.evaluation.questions import UNSEEN, write_questions
-from finetune_chatmodel_demo.training import checkpoints, replies, run_trainer, trainer
-from finetune_chatmodel_demo.training.command_line import parse_given
-from finetune_chatmodel_demo.training.settings import decide_settings
+from finetune_chatmodel_demo.training import checkpoints, replies, trainer
 
 PREFIX = "prefix_encoder.safetensors"
 
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr(run_trainer, "plot_curves", lambda *_: None)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, tiny_folder):
-    return make_model(tmp_path_factory.mktemp("model"), tiny_folder)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_conversations(tmp_path_factory.mktemp("data") / "train.jsonl")
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +26,6 @@ def validation(tmp_path_factory):
 
 def evaluations(output, key="eval_loss"):
     return {entry["step"]: entry[key] for entry in read_log(output) if key in entry}
-
-
-def decide(*given, **options):
-    return decide_settings(*parse_given(flags(*given, **options)))
 
 
 # Early stopping
@@ -147,11 +129,10 @@ def test_impossible_choices_are_refused(options, message, model, data, tmp_path,
 
 def test_replies_are_the_supervised_spans(tokenizer, tmp_path):
     turns = [("user", "甲？"), ("assistant", "乙。"), ("user", "丙？"), ("assistant", "丁戊。")]
-    record = {"conversations": [{"role": role, "content": text} for role, text in turns]}
+    record = conversation(*(message(role, text) for role, text in turns))
     record["conversations"][1]["loss"] = False
-    both = {"conversations": [{"role": role, "content": text} for role, text in turns]}
-    path = tmp_path / "d.jsonl"
-    path.write_text("".join(json.dumps(r) + "\n" for r in (record, both)), encoding="utf-8")
+    both = conversation(*(message(role, text) for role, text in turns))
+    path = write_jsonl(tmp_path / "d.jsonl", [record, both])
     lengths = {"max_seq_length": 99, "max_source_length": 9, "max_target_length": 9}
     rows = build_dataset("multi-turn", path, tokenizer, **lengths)
     found = [replies.find_replies(i, rows[i], tokenizer.stop_token_ids) for i in range(2)]

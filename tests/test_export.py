@@ -11,7 +11,7 @@ import torch
 from adapter_helpers import make_adapter, make_official_adapter, randomize
 from generation_helpers import build_prefix_folder, build_random_folder
 from safetensors.torch import load_file, save_file
-from training_helpers import make_model, train, write_conversations
+from training_helpers import train
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from finetune_chatmodel_demo import export, inference
@@ -551,9 +551,7 @@ def test_an_abbreviated_or_unknown_flag_is_refused(capsys):
 
 
 @pytest.mark.slow
-def test_from_training_to_a_merged_model_that_answers_the_same(capsys, tiny_folder, tmp_path):
-    model = make_model(tmp_path / "model", tiny_folder)
-    data = write_conversations(tmp_path / "data.jsonl")
+def test_from_training_to_a_merged_model_that_answers_the_same(model, data, capsys, tmp_path):
     output = tmp_path / "lora"
     options = {"finetuning_type": "lora", "learning_rate": 2e-2, "max_steps": 30, "logging_steps": 30}
     assert train(model, data, output, **options) == 0

@@ -5,13 +5,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_helpers import flags, make_model, read_log, train, write_conversations
+from training_helpers import assert_resumes_to_the_same_weights, decide, load_result, read_log, train
 
 from finetune_chatmodel_demo.chatglm3 import load_model
-from finetune_chatmodel_demo.chatglm3.adapters import load_adapter, read_adapter_config
-from finetune_chatmodel_demo.training import checkpoints, methods, run_trainer
-from finetune_chatmodel_demo.training.command_line import parse_given
-from finetune_chatmodel_demo.training.settings import decide_settings
+from finetune_chatmodel_demo.chatglm3.adapters import read_adapter_config
+from finetune_chatmodel_demo.training import methods, run_trainer
 
 PROBE = torch.tensor([[5, 17, 99, 250, 31, 7, 1200, 44]])
 # Flags of each method on a model of 2 layers.
@@ -22,33 +20,7 @@ METHODS = {
     "full": {"finetuning_type": "full", "learning_rate": 1e-2},
 }
 
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, tiny_folder):
-    return make_model(tmp_path_factory.mktemp("model"), tiny_folder)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_conversations(tmp_path_factory.mktemp("data") / "train.jsonl")
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr(run_trainer, "plot_curves", lambda *_: None)
-
-
-def decide(model, data, output, **options):
-    return decide_settings(*parse_given(flags(model, data, output, **options)))
-
-
-def load_result(method, model, output):
-    """The way in which inference.py loads each kind of result."""
-    if method == "ptuning":
-        return load_model(model, pt_checkpoint=output)
-    if method == "lora":
-        return load_adapter(load_model(model), output).eval()
-    return load_model(output)
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -88,28 +60,17 @@ def _remember(trainers):
 
 @pytest.mark.parametrize("method", ["lora", "freeze"])
 def test_a_resumed_run_ends_with_the_same_weights(method, model, data, tmp_path):
-    options = {**METHODS[method], "max_steps": 6, "save_steps": 3}
+    options = METHODS[method]
     if method == "lora":
-        options["lora_dropout"] = 0.1
-    for name in "ab":
-        assert train(model, data, tmp_path / name, **options) == 0
-    checkpoints.remove_checkpoint(tmp_path / "b" / "checkpoint-6")
-    assert train(model, data, tmp_path / "b", resume_from_checkpoint=True, **options) == 0
+        options = options | {"lora_dropout": 0.1}
     file = "adapter_model.safetensors" if method == "lora" else "model.safetensors"
-    first, second = (load_file(tmp_path / name / file) for name in "ab")
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert_resumes_to_the_same_weights(model, data, tmp_path, file, **options)
 
 
 def test_a_resumed_freeze_in_half_precision_keeps_its_float32_parameters(model, data, tmp_path):
-    options = {**METHODS["freeze"], "max_steps": 6, "save_steps": 3, "bf16": True}
-    for name in "ab":
-        assert train(model, data, tmp_path / name, **options) == 0
-    checkpoints.remove_checkpoint(tmp_path / "b" / "checkpoint-6")
-    assert train(model, data, tmp_path / "b", resume_from_checkpoint=True, **options) == 0
-    first, second = (load_file(tmp_path / name / methods.TRAINED_FILE) for name in "ab")
-    assert {value.dtype for value in first.values()} == {torch.float32}
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    options = METHODS["freeze"] | {"bf16": True}
+    trained = assert_resumes_to_the_same_weights(model, data, tmp_path, methods.TRAINED_FILE, **options)
+    assert {value.dtype for value in trained.values()} == {torch.float32}
     assert {value.dtype for value in load_file(tmp_path / "a" / "model.safetensors").values()} == {torch.bfloat16}
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from training_helpers import make_model, train, write_conversations
+from training_helpers import train
 
 from finetune_chatmodel_demo.chatglm3 import load_tokenizer
-from finetune_chatmodel_demo.training import methods, run_trainer
+from finetune_chatmodel_demo.training import methods
 from finetune_chatmodel_demo.training.settings import Settings
 
 BAD_ROW = 17
@@ -16,20 +16,7 @@ METHODS = {
     "full": {"finetuning_type": "full"},
 }
 
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr(run_trainer, "plot_curves", lambda *_: None)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, tiny_folder):
-    return make_model(tmp_path_factory.mktemp("model"), tiny_folder)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_conversations(tmp_path_factory.mktemp("data") / "train.jsonl")
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.fixture

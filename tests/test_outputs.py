@@ -1,6 +1,5 @@
 """What a run leaves behind: trainer_log.jsonl, *_results.json, the curves, and its learning rates."""
 
-import gc
 import json
 import math
 import shutil
@@ -9,17 +8,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
-from training_helpers import flags, losses, make_model, read_log, train, write_conversations
+from training_helpers import decide, flags, losses, read_log, train, write_conversations
 
 from finetune_chatmodel_demo import finetune
 from finetune_chatmodel_demo.training import plots, run_logs
-from finetune_chatmodel_demo.training.command_line import parse_given
 from finetune_chatmodel_demo.training.plots import CHARTS, draw_chart, plot_curves, smooth
 from finetune_chatmodel_demo.training.run_logs import TrainerLog, TrainerLogCallback, save_results
-from finetune_chatmodel_demo.training.settings import decide_settings
 
 CHART = {chart.file: chart for chart in CHARTS}
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def read_lines(folder: Path) -> list[dict]:
@@ -320,26 +318,6 @@ RESULT_KEYS = {
 PICTURES = {"training_loss.png", "training_eval_loss.png"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.freeze()  # every run collects garbage, half a second with all of transformers loaded
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, tiny_folder) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"), tiny_folder)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_conversations(tmp_path_factory.mktemp("data") / "train.jsonl")
-
-
 @pytest.fixture(scope="module")
 def validation(tmp_path_factory) -> Path:
     return write_conversations(tmp_path_factory.mktemp("data") / "validation.jsonl", rows=5, seed=1)
@@ -585,6 +563,6 @@ def test_schedules_that_cannot_be_are_refused_before_loading(model, data, tmp_pa
     ],
 )
 def test_surprises_of_a_schedule_are_told(model, data, tmp_path, options, notice):
-    settings = decide_settings(*parse_given(flags(model, data, tmp_path / "o", pre_seq_len=4, **options)))
+    settings = decide(model, data, tmp_path / "o", pre_seq_len=4, **options)
     assert [True for text in settings.notices if notice and notice in text] == [True] * bool(notice)
     assert len(settings.notices) == bool(notice)

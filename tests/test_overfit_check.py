@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from training_helpers import flags, make_model
+from conversation_helpers import assistant, conversation, user, write_jsonl
+from training_helpers import flags
 
 from finetune_chatmodel_demo import finetune
 from finetune_chatmodel_demo.training import overfitting
@@ -24,10 +25,7 @@ METHODS = {
 
 
 def write(path: Path, pairs) -> Path:
-    turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in pairs]
-    lines = [json.dumps({"conversations": messages}, ensure_ascii=False) + "\n" for messages in turns]
-    path.write_text("".join(lines), encoding="utf-8")
-    return path
+    return write_jsonl(path, [conversation(user(question), assistant(answer)) for question, answer in pairs])
 
 
 def check(model, data, output, rows=8, **options) -> int:
@@ -85,22 +83,17 @@ def test_a_contradiction_outside_of_the_rows_is_told_too(consistent, tiny_folder
 
 
 def test_the_same_question_in_other_conversations_is_no_contradiction(tokenizer, tmp_path):
-    turns = [("皮卡丘", "电。"), ("小火龙", "火。")]
+    answers = {"皮卡丘": "电。", "小火龙": "火。"}
     records = [
-        {"conversations": [message for pair in ((name, "好。"), ("它呢？", answer)) for message in _pair(*pair)]}
-        for name, answer in turns
+        conversation(user(name), assistant("好。"), user("它呢？"), assistant(answer))
+        for name, answer in answers.items()
     ]
-    path = tmp_path / "d.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    path = write_jsonl(tmp_path / "d.jsonl", records)
     from finetune_chatmodel_demo.conversation import build_dataset
 
     lengths = {"max_seq_length": 99, "max_source_length": 9, "max_target_length": 9}
     rows = build_dataset("multi-turn", path, tokenizer, **lengths)
     assert overfitting.find_contradictions(rows, tokenizer.stop_token_ids) == []
-
-
-def _pair(question, answer):
-    return {"role": "user", "content": question}, {"role": "assistant", "content": answer}
 
 
 def test_a_learning_rate_that_is_too_small_is_named(consistent, tiny_folder, tmp_path, capsys):
@@ -154,8 +147,7 @@ def test_the_settings_of_the_run_hold(options, consistent, tiny_folder, tmp_path
         ({"do_predict": True, "val_size": 1}, "drop --do_predict"),
     ],
 )
-def test_impossible_checks_are_refused(options, message, consistent, tmp_path_factory, tiny_folder, tmp_path, capsys):
-    model = make_model(tmp_path_factory.mktemp("model"), tiny_folder)
+def test_impossible_checks_are_refused(options, message, consistent, model, tmp_path, capsys):
     assert check(model, consistent, tmp_path / "o", **options) == 1
     assert message in capsys.readouterr().err
 

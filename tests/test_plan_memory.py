@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from training_helpers import make_model, train, write_conversations
+from training_helpers import train, write_conversations
 
 from finetune_chatmodel_demo import plan_memory
 from finetune_chatmodel_demo.chatglm3 import ChatGLM3Config
@@ -175,11 +175,6 @@ def test_help_imports_nothing_heavy(tmp_path):
     assert "--gpu_memory" in finished.stdout
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("model"), REPOSITORY / "THUDM" / "chatglm3-tiny")
-
-
 @pytest.mark.parametrize("options", [{"pre_seq_len": 4}, {"finetuning_type": "lora", "packing": True}])
 def test_dry_run_plans_with_the_real_rows_and_writes_nothing(model, tmp_path, capsys, options):
     data, weights = write_conversations(tmp_path / "rows.jsonl"), tmp_path / "model"
@@ -196,8 +191,7 @@ def test_dry_run_plans_with_the_real_rows_and_writes_nothing(model, tmp_path, ca
         assert "batches of 2 × 400" not in text  # the longest row is shorter
 
 
-def test_a_run_says_its_plan_in_a_line(model, tmp_path, capsys):
-    data = write_conversations(tmp_path / "rows.jsonl")
+def test_a_run_says_its_plan_in_a_line(model, data, tmp_path, capsys):
     assert train(model, data, tmp_path / "out", pre_seq_len=4, max_steps=1) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  memory ")]
     assert "about" in line

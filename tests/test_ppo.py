@@ -1,12 +1,10 @@
 """PPO: runs of a small random model with each method; ratio, reference, resume, and what is refused or stopped."""
 
 import dataclasses
-import gc
 import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_helpers import flags, make_model, read_log, train, write_conversations
+from training_helpers import decide, die_at, flags, read_log, train, write_conversations
 
 from finetune_chatmodel_demo.chatglm3 import load_model
 from finetune_chatmodel_demo.chatglm3.adapters import load_adapter
 from finetune_chatmodel_demo.training import checkpoints, workflow
 from finetune_chatmodel_demo.training.command_line import parse_given
 from finetune_chatmodel_demo.training.settings import decide_settings
-from finetune_chatmodel_demo.training.stages import ppo_rollouts, ppo_settings
+from finetune_chatmodel_demo.training.stages import ppo_rollouts, ppo_settings, ppo_updating
 from finetune_chatmodel_demo.training.stages.ppo_policy import ReplyRows, build_rows
 from finetune_chatmodel_demo.training.stages.ppo_watch import RolloutWatch
 
@@ -37,21 +35,7 @@ def odd_lengths(prompts, replies):
     return [len(reply) % 2 + len(prompt) / 100 for prompt, reply in zip(prompts, replies)]
 """
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Sums of floats depend on the number of threads, and these tests compare bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, tiny_folder) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"), tiny_folder)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -459,7 +443,7 @@ def test_runs_that_go_astray_are_told_once(model, files, tmp_path, caplog):
     assert len(warnings) == 2
     assert "--max_new_tokens 1 ended 100% of the replies; raise it" in warnings[0]
     assert "all replies have the score 1: PPO learns from differences" in warnings[1]
-    watch = RolloutWatch(decide_settings(*parse_given(flags(model, files / "train.jsonl", "o", **options(files)))))
+    watch = RolloutWatch(decide(model, files / "train.jsonl", "o", **options(files)))
     for _ in range(5):
         watch.look({"hit_cap": 0.5, "reward": 1.0, "reward_std": 0.1, "kl": 31.0, "kl_k3": 9.0})
     assert "the KL to the reference is 31.0 nats a reply (--ppo_target 6); lower --learning_rate" in caplog.text
@@ -594,29 +578,6 @@ def test_two_processes_learn_as_one(model, files, tmp_path):
         torch.testing.assert_close(value, second[name], rtol=0, atol=1e-3)
 
 
-KILL = """
-import os, signal, sys
-import torch
-torch.set_num_threads(1)
-from finetune_chatmodel_demo import finetune
-from finetune_chatmodel_demo.training import checkpoints
-from finetune_chatmodel_demo.training.stages import ppo_updating
-
-where, count = sys.argv[1], int(sys.argv[2])
-module, name = {"update": (ppo_updating.Updater, "_learn_from"), "file": (checkpoints, "_flush")}[where]
-original, calls = getattr(module, name), []
-
-def die_in_time(*args, **kwargs):
-    calls.append(1)
-    if len(calls) == count:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*args, **kwargs)
-
-setattr(module, name, die_in_time)
-finetune.main(sys.argv[3:])
-"""
-
-
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_weights(model, files, tmp_path):
     """Killed in the middle of an update, and of writing a checkpoint."""
@@ -624,12 +585,12 @@ def test_a_killed_run_ends_with_the_same_weights(model, files, tmp_path):
     whole = run(model, files, tmp_path / "whole", **changes)
     killed = tmp_path / "killed"
     argv = flags(model, files / "train.jsonl", killed, **options(files, resume_from_checkpoint=True, **changes))
-    for where, count, last in (("update", 10, "checkpoint-3"), ("file", 8, "checkpoint-3")):
-        command = [sys.executable, "-c", KILL, where, str(count), *argv]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=REPOSITORY)
-        assert done.returncode == -signal.SIGKILL, done.stderr
-        assert checkpoints.find_last_checkpoint(killed).name == last
+    for owner, name, count in (
+        (f"{ppo_updating.__name__}:Updater", "_learn_from", 10),
+        (checkpoints.__name__, "_flush", 8),
+    ):
+        die_at(owner, name, count, argv)
+        assert checkpoints.find_last_checkpoint(killed).name == "checkpoint-3"
     resumed = run(model, files, killed, resume_from_checkpoint=True, **changes)
     assert entries(resumed) == entries(whole)
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "killed"))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conversation_helpers import conversation, user, write_jsonl
 from training_helpers import flags
 
 from finetune_chatmodel_demo.chatglm3 import load_model, load_tokenizer
@@ -27,15 +28,7 @@ SEEDS = (1, 2, 3)
 REPLY_TOKENS = 16
 LARGEST_KL = 8.0  # nats of a whole reply; --ppo_target is 6
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def first_questions(file: str, count: int) -> list[str]:
@@ -46,22 +39,13 @@ def first_questions(file: str, count: int) -> list[str]:
     return random.Random(0).sample(list(found), min(count, len(found)))
 
 
-def write_jsonl(path: Path, records: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
-    return path
-
-
-def ask(question: str) -> list[dict]:
-    return [{"role": "user", "content": question}]
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Prompts to train and to validate on, and the rule."""
     folder = tmp_path_factory.mktemp("proof")
     for name, file, count in (("train", "pokemon", 400), ("validation", "pokemon_validation", 64)):
         questions = first_questions(f"{file}.jsonl", count)
-        write_jsonl(folder / f"{name}.jsonl", [{"conversations": ask(question)} for question in questions])
+        write_jsonl(folder / f"{name}.jsonl", [conversation(user(question)) for question in questions])
     rule = "def colour(prompts, replies):\n    return [float('色' in reply) for reply in replies]\n"
     (folder / "rewards.py").write_text(rule, encoding="utf-8")
     return folder

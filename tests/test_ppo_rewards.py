@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_helpers import make_model
 
 from finetune_chatmodel_demo.chatglm3 import load_model
 from finetune_chatmodel_demo.chatglm3.adapters import add_adapter, load_adapter, save_adapter
@@ -20,11 +19,6 @@ from finetune_chatmodel_demo.training.stages.ppo_rewards import (
 )
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, tiny_folder) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"), tiny_folder)
 
 
 @pytest.fixture(scope="module")

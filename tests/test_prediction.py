@@ -1,6 +1,5 @@
 """--do_predict: which reply is asked for, the answers, and their scores against figures computed by hand."""
 
-import gc
 import importlib.util
 import json
 import logging
@@ -11,8 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
-from training_helpers import flags, make_model, read_log, train, write_conversations
+from conversation_helpers import assistant, conversation, user, write_jsonl
+from training_helpers import flags, read_log, train, write_conversations
 
 from finetune_chatmodel_demo.chatglm3 import load_model
 from finetune_chatmodel_demo.conversation.arguments import DataArguments
@@ -28,20 +27,12 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 has_packages = all(importlib.util.find_spec(name) for name in text_scores.PACKAGES)
 needs_packages = pytest.mark.skipif(not has_packages, reason="jieba, nltk or rouge-chinese is not installed")
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.freeze()  # every run collects garbage, half a second with all of transformers loaded
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory, tiny_folder):
-    return load_model(make_model(tmp_path_factory.mktemp("model"), tiny_folder), device="cpu")
+def loaded(model):
+    return load_model(model, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +137,7 @@ def test_the_last_reply_is_asked_for_given_the_true_conversation(data, rows, tok
 
 
 def make_row(tokenizer, tmp_path, messages, **options):
-    path = tmp_path / "record.jsonl"
-    path.write_text(json.dumps({"conversations": messages}, ensure_ascii=False) + "\n", encoding="utf-8")
+    path = write_jsonl(tmp_path / "record.jsonl", [conversation(*messages)])
     return build_dataset("multi-turn", path, tokenizer, **{**DataArguments().dataset_options(), **options})[0]
 
 
@@ -200,14 +190,14 @@ def read_predictions(folder: Path) -> list[dict]:
 
 
 @needs_packages
-def test_every_row_is_answered_in_order_and_scored(model, tokenizer, data, rows, tmp_path):
-    metrics = run_prediction(model, tokenizer, rows, make_settings(), tmp_path)
+def test_every_row_is_answered_in_order_and_scored(loaded, tokenizer, data, rows, tmp_path):
+    metrics = run_prediction(loaded, tokenizer, rows, make_settings(), tmp_path)
     lines = read_predictions(tmp_path)
     records = list(read_records(data))
     assert [line["label"] for line in lines] == [record["conversations"][-1]["content"] for record in records]
     prompts = [render_prompt(tokenizer, record["conversations"][:-1]) for record in records]
     assert [line["prompt"] for line in lines] == [tokenizer.decode(prompt) for prompt in prompts]
-    one_by_one = generate_batch(model, tokenizer, prompts, max_new_tokens=8, batch_size=1)
+    one_by_one = generate_batch(loaded, tokenizer, prompts, max_new_tokens=8, batch_size=1)
     assert [line["predict"] for line in lines] == one_by_one
     expected = text_scores.mean_scores((line["predict"], line["label"]) for line in lines)
     assert {f"predict_{name}": value for name, value in expected.items()}.items() <= metrics.items()
@@ -218,23 +208,23 @@ def test_every_row_is_answered_in_order_and_scored(model, tokenizer, data, rows,
 
 
 @needs_packages
-def test_sampled_answers_differ_and_repeat_with_the_seed(model, tokenizer, rows, tmp_path):
+def test_sampled_answers_differ_and_repeat_with_the_seed(loaded, tokenizer, rows, tmp_path):
     sampling = {"do_sample": True, "temperature": 1.5, "top_p": 1.0, "top_k": 0}
     answers = []
     for name, options in (("a", sampling), ("b", sampling), ("greedy", {})):
-        run_prediction(model, tokenizer, rows, make_settings(**options), tmp_path / name)
+        run_prediction(loaded, tokenizer, rows, make_settings(**options), tmp_path / name)
         answers.append([line["predict"] for line in read_predictions(tmp_path / name)])
     assert answers[0] == answers[1] != answers[2]
 
 
 @needs_packages
-def test_the_model_is_left_in_the_mode_that_it_was_in(model, tokenizer, rows, tmp_path):
-    model.train()
+def test_the_model_is_left_in_the_mode_that_it_was_in(loaded, tokenizer, rows, tmp_path):
+    loaded.train()
     try:
-        run_prediction(model, tokenizer, rows, make_settings(max_new_tokens=1), tmp_path)
-        assert model.training
+        run_prediction(loaded, tokenizer, rows, make_settings(max_new_tokens=1), tmp_path)
+        assert loaded.training
     finally:
-        model.eval()
+        loaded.eval()
 
 
 def test_answers_stay_inside_the_models_context(tokenizer, caplog):
@@ -253,11 +243,6 @@ def test_answers_stay_inside_the_models_context(tokenizer, caplog):
 # Whole runs
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory, tiny_folder) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"), tiny_folder)
-
-
 METHODS = {
     "ptuning": ({"pre_seq_len": 4}, "ptuning_checkpoint"),
     "lora": ({"finetuning_type": "lora", "learning_rate": 1e-2}, "adapter_name_or_path"),
@@ -268,15 +253,15 @@ METHODS = {
 
 @needs_packages
 @pytest.mark.parametrize("method", METHODS)
-def test_predictions_after_training_and_alone_are_the_same(method, model_folder, data, tmp_path, tokenizer):
+def test_predictions_after_training_and_alone_are_the_same(method, model, data, tmp_path, tokenizer):
     options, flag = METHODS[method]
     options |= {"max_new_tokens": 6, "validation_file": data, "plot_loss": False, "do_predict": True}
     both, alone = tmp_path / "both", tmp_path / "alone"
-    assert train(model_folder, data, both, max_steps=3, do_train=True, **options) == 0
+    assert train(model, data, both, max_steps=3, do_train=True, **options) == 0
     assert read_log(both)[-1]["step"] == 3
     options = {name: value for name, value in options.items() if name in ("finetuning_type", "max_new_tokens")}
     options |= {"do_predict": True, "validation_file": data, "train_file": None, "max_steps": None, flag: both}
-    assert train(model_folder, data, alone, **options) == 0
+    assert train(model, data, alone, **options) == 0
     names = {"settings.json", "generated_predictions.jsonl", "predict_results.json", "all_results.json"}
     assert {path.name for path in alone.iterdir()} == names  # nothing was trained
     assert read_predictions(alone) == read_predictions(both)
@@ -290,12 +275,12 @@ def test_predictions_after_training_and_alone_are_the_same(method, model_folder,
 
 
 @needs_packages
-def test_prompts_and_responses_are_predicted_in_their_own_format(model_folder, tmp_path, tokenizer):
+def test_prompts_and_responses_are_predicted_in_their_own_format(model, tmp_path, tokenizer):
     pairs = [{"prompt": f"宝可梦{i}", "response": "草属性" * (i % 3 + 1)} for i in range(4)]
     path = tmp_path / "pairs.json"
     path.write_text(json.dumps(pairs, ensure_ascii=False), encoding="utf-8")
     options = {"train_format": "input-output", "validation_file": path, "do_predict": True, "max_new_tokens": 4}
-    assert train(model_folder, path, tmp_path / "o", train_file=None, max_steps=None, **options) == 0
+    assert train(model, path, tmp_path / "o", train_file=None, max_steps=None, **options) == 0
     lines = read_predictions(tmp_path / "o")
     assert [line["label"] for line in lines] == [pair["response"] for pair in pairs]
     questions = [[{"role": "user", "content": pair["prompt"]}] for pair in pairs]
@@ -305,9 +290,9 @@ def test_prompts_and_responses_are_predicted_in_their_own_format(model_folder, t
 
 @needs_packages
 @pytest.mark.parametrize("template", ["default", "raw"])
-def test_templates_of_base_models_are_predicted(model_folder, data, tmp_path, template, tokenizer):
+def test_templates_of_base_models_are_predicted(model, data, tmp_path, template, tokenizer):
     options = {"template": template, "validation_file": data, "do_predict": True, "max_new_tokens": 4}
-    assert train(model_folder, data, tmp_path / "o", train_file=None, max_steps=None, **options) == 0
+    assert train(model, data, tmp_path / "o", train_file=None, max_steps=None, **options) == 0
     lines, records = read_predictions(tmp_path / "o"), list(read_records(data))
     assert [line["label"] for line in lines] == [record["conversations"][-1]["content"] for record in records]
     for line, record in zip(lines, records):
@@ -316,9 +301,9 @@ def test_templates_of_base_models_are_predicted(model_folder, data, tmp_path, te
 
 
 @needs_packages
-def test_rows_held_out_of_the_training_data_are_predicted(model_folder, data, tmp_path):
+def test_rows_held_out_of_the_training_data_are_predicted(model, data, tmp_path):
     options = {"pre_seq_len": 4, "val_size": 2, "do_predict": True, "do_train": True, "max_new_tokens": 2}
-    assert train(model_folder, data, tmp_path / "o", max_steps=1, plot_loss=False, **options) == 0
+    assert train(model, data, tmp_path / "o", max_steps=1, plot_loss=False, **options) == 0
     assert len(read_predictions(tmp_path / "o")) == 2
 
 
@@ -329,48 +314,44 @@ def test_rows_held_out_of_the_training_data_are_predicted(model_folder, data, tm
         ({"stage": "dpo", "pre_seq_len": 4}, "--do_predict writes answers, which --stage dpo does not train"),
     ],
 )
-def test_predictions_that_cannot_be_are_refused_before_loading(model_folder, data, tmp_path, options, message, capsys):
+def test_predictions_that_cannot_be_are_refused_before_loading(model, data, tmp_path, options, message, capsys):
     options = {"do_predict": True, "do_train": True, "validation_file": data, **options}
-    assert train(model_folder, data, tmp_path / "o", **options) == 1
+    assert train(model, data, tmp_path / "o", **options) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
 
 
-def test_a_missing_package_stops_the_run_before_loading(model_folder, data, tmp_path, monkeypatch, capsys):
+def test_a_missing_package_stops_the_run_before_loading(model, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(text_scores, "PACKAGES", {"no_such_module": "no-such-package"})
-    assert train(model_folder, data, tmp_path / "o", do_predict=True, validation_file=data) == 1
+    assert train(model, data, tmp_path / "o", do_predict=True, validation_file=data) == 1
     assert "pip install no-such-package" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.slow
 @needs_packages
-def test_two_processes_share_the_rows(model_folder, data, tmp_path):
+def test_two_processes_share_the_rows(model, data, tmp_path):
     options = {"do_predict": True, "validation_file": data, "max_new_tokens": 6, "train_file": None, "max_steps": None}
-    assert train(model_folder, data, tmp_path / "one", **options) == 0
+    assert train(model, data, tmp_path / "one", **options) == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["finetune_chatmodel_demo/finetune.py"]
-    command += flags(model_folder, data, tmp_path / "two", **options)
+    command += flags(model, data, tmp_path / "two", **options)
     run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
     assert read_predictions(tmp_path / "two") == read_predictions(tmp_path / "one")
 
 
 @needs_packages
-def test_scores_rise_to_100_where_the_answers_are_learned(model_folder, tmp_path):
+def test_scores_rise_to_100_where_the_answers_are_learned(model, tmp_path):
     facts = {"皮卡丘": "皮卡丘的属性是电。", "小火龙": "小火龙的属性是火。", "杰尼龟": "杰尼龟的属性是水。"}
-    path = tmp_path / "facts.jsonl"
-    records = [
-        {"conversations": [{"role": "user", "content": f"{name}的属性？"}, {"role": "assistant", "content": answer}]}
-        for name, answer in facts.items()
-    ]
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    records = [conversation(user(f"{name}的属性？"), assistant(answer)) for name, answer in facts.items()]
+    path = write_jsonl(tmp_path / "facts.jsonl", records)
     scores = []
     for steps in (1, 80):
         output = tmp_path / str(steps)
         options = {"max_steps": steps, "learning_rate": 1e-2, "validation_file": path, "max_new_tokens": 24}
         options |= {"do_train": True, "do_predict": True, "plot_loss": False, "logging_steps": 40, "save_steps": 80}
-        assert train(model_folder, path, output, per_device_train_batch_size=3, **options) == 0
+        assert train(model, path, output, per_device_train_batch_size=3, **options) == 0
         scores.append(json.loads((output / "predict_results.json").read_text()))
     assert [line["predict"] for line in read_predictions(output)] == list(facts.values())
     for name in text_scores.SCORES:

@@ -3,35 +3,18 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_helpers import flags, make_model, train, write_conversations
+from training_helpers import decide, flags, train
 
 from finetune_chatmodel_demo.chatglm3 import load_model, load_tokenizer, read_prefix_config
 from finetune_chatmodel_demo.chatglm3.prefix_start import encode_start, keys_and_values, start_prefix_as
-from finetune_chatmodel_demo.training import methods, run_trainer
+from finetune_chatmodel_demo.training import methods
 from finetune_chatmodel_demo.training.arguments import SettingsError
 from finetune_chatmodel_demo.training.command_line import parse_given
 from finetune_chatmodel_demo.training.settings import decide_settings
 
 TEXT = "妙蛙种子的属性是草、毒。"
 
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr(run_trainer, "plot_curves", lambda *_: None)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, tiny_folder):
-    return make_model(tmp_path_factory.mktemp("model"), tiny_folder)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_conversations(tmp_path_factory.mktemp("data") / "train.jsonl")
-
-
-def decide(model, data, output, **options):
-    return decide_settings(*parse_given(flags(model, data, output, **options)))
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 # The convention

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_packing import build, gradients, make_rows
-from training_helpers import losses, make_model, train, write_conversations
+from training_helpers import losses, train
 
 from finetune_chatmodel_demo.chatglm3.recomputing import set_policy
 from finetune_chatmodel_demo.training.command_line import parse_given
@@ -99,9 +99,7 @@ def test_the_flag_takes_policies_and_truth_values(value, expected):
     assert parse_given(["--gradient_checkpointing", value])[0] == {"gradient_checkpointing": expected}
 
 
-def test_a_run_with_each_policy(tmp_path, tiny_folder, capsys):
-    model = make_model(tmp_path / "model", tiny_folder)
-    data = write_conversations(tmp_path / "train.jsonl")
+def test_a_run_with_each_policy(model, data, tmp_path, capsys):
     for policy, text in (("none", "off"), ("mlp", "of MLPs"), ("full", "on")):
         assert train(model, data, tmp_path / policy, pre_seq_len=4, gradient_checkpointing=policy) == 0
         assert f"gradient checkpointing {text}" in capsys.readouterr().out

@@ -10,11 +10,10 @@ import torch
 from conftest import REPOSITORY
 from preference_helpers import METHODS, build_trainer, read_evaluation, remember_runs, train, write_pairs
 from safetensors.torch import load_file
-from training_helpers import flags, losses, make_model, read_log
+from training_helpers import assert_resumes_to_the_same_weights, flags, load_result, losses, read_log
 
 from finetune_chatmodel_demo.chatglm3 import load_model
-from finetune_chatmodel_demo.chatglm3.adapters import load_adapter
-from finetune_chatmodel_demo.training import checkpoints, workflow
+from finetune_chatmodel_demo.training import workflow
 from finetune_chatmodel_demo.training.stages.pairs import PairCollator
 from finetune_chatmodel_demo.training.stages.ppo_rewards import RewardModel, load_reward_model
 from finetune_chatmodel_demo.training.stages.rm import pair_loss
@@ -26,11 +25,6 @@ PAIR = {"prompt_ids": [5, 17, 0, 99], "chosen_ids": [31, 7, 2], "rejected_ids": 
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory, tiny_folder):
-    return make_model(tmp_path_factory.mktemp("model"), tiny_folder)
-
-
-@pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl")
 
@@ -39,12 +33,6 @@ def data(tmp_path_factory):
 def runs(monkeypatch):
     """The trainers whose results were saved, each with its model's parameters before the first step."""
     return remember_runs(monkeypatch)
-
-
-def load_result(method, model, output):
-    if method == "lora":
-        return load_adapter(load_model(model, head="score"), output).eval()
-    return load_model(output, head="score")
 
 
 def scores_of(model, items):
@@ -122,7 +110,7 @@ def test_only_what_is_trained_changes_and_it_loads_to_the_same_scores(method, mo
     rows = trainer.eval_dataset.rows
     items = [rows[i] for i in range(6)]
     expected = scores_of(trained, items)
-    loaded = load_result(method, model, tmp_path / "o")
+    loaded = load_result(method, model, tmp_path / "o", head="score")
     assert all(torch.equal(value, after[name]) for name, value in loaded.named_parameters() if name in trainable)
     torch.testing.assert_close(scores_of(loaded, items), expected, rtol=0, atol=1e-6)
     # As PPO loads and uses it
@@ -134,18 +122,12 @@ def test_only_what_is_trained_changes_and_it_loads_to_the_same_scores(method, mo
 
 @pytest.mark.parametrize("method", RM_METHODS)
 def test_a_resumed_run_ends_with_the_same_weights(method, model, data, tmp_path):
-    options = {**METHODS[method], "stage": "rm", "max_steps": 6, "save_steps": 3}
+    options = METHODS[method] | {"stage": "rm"}
     if method == "lora":
         options["lora_dropout"] = 0.1
-    for name in "ab":
-        assert train(model, data, tmp_path / name, **options) == 0
-    checkpoints.remove_checkpoint(tmp_path / "b" / "checkpoint-6")
-    assert train(model, data, tmp_path / "b", resume_from_checkpoint=True, **options) == 0
     file = "adapter_model.safetensors" if method == "lora" else "model.safetensors"
-    first, second = (load_file(tmp_path / name / file) for name in "ab")
-    assert any("score" in name or "classifier_head" in name for name in first), sorted(first)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    weights = assert_resumes_to_the_same_weights(model, data, tmp_path, file, **options)
+    assert any("score" in name or "classifier_head" in name for name in weights), sorted(weights)
 
 
 def test_one_batch_of_four_equals_four_of_one(model, data, tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_helpers import flags, losses, make_model, train, write_conversations
+from training_helpers import flags, losses, train
 
 from finetune_chatmodel_demo import finetune
 from finetune_chatmodel_demo.training import checkpoints, run_trainer
@@ -21,20 +21,7 @@ from finetune_chatmodel_demo.training.manifest import RUN_MANIFEST
 
 STEPS, SAVE_STEPS = 120, 10
 
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, tiny_folder):
-    return make_model(tmp_path_factory.mktemp("model"), tiny_folder)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_conversations(tmp_path_factory.mktemp("data") / "train.jsonl")
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr(run_trainer, "plot_curves", lambda *_: None)
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def weights(folder: Path) -> torch.Tensor:

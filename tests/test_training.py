@@ -1,9 +1,6 @@
 """Training: flags and settings, the order of rows, whole checkpoints, and real runs of a small model on the CPU."""
 
-import gc
 import json
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_helpers import flags, losses, make_model, read_log, train, write_conversations
+from training_helpers import (
+    assert_resumes_to_the_same_weights,
+    die_at,
+    flags,
+    losses,
+    read_log,
+    train,
+    write_conversations,
+)
 
 from finetune_chatmodel_demo import finetune
 from finetune_chatmodel_demo.chatglm3 import load_model, load_tokenizer, prefix, read_prefix_config
@@ -24,32 +29,7 @@ from finetune_chatmodel_demo.training.settings import decide_settings
 REPOSITORY = Path(__file__).resolve().parent.parent
 PREFIX_FILES = {"prefix_encoder.safetensors", "pytorch_model.bin", "config.json"}
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Sums of floats depend on the number of threads, and these tests compare bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.freeze()  # every run collects garbage, half a second with all of transformers loaded
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """A loss curve takes longer than a run here; the one of `prefix_run`, which is set up earlier, is drawn."""
-    monkeypatch.setattr(run_trainer, "plot_curves", lambda *_: None)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, tiny_folder) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"), tiny_folder)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_conversations(tmp_path_factory.mktemp("data") / "train.jsonl")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_pictures")
 
 
 def assert_prefix_equal(first: Path, second: Path) -> None:
@@ -303,7 +283,7 @@ def test_old_checkpoints_are_removed_but_not_the_best(tmp_path):
 
 @pytest.fixture(scope="module")
 def prefix_run(model, data, tmp_path_factory):
-    """A finished P-Tuning run: its folder and what it printed."""
+    """A finished P-Tuning run, drawn too: its folder, its trainer and its validation file."""
     output = tmp_path_factory.mktemp("run") / "output"
     validation = write_conversations(output.parent / "validation.jsonl", rows=7, seed=9)
     options = {"pre_seq_len": 4, "max_steps": 20, "save_steps": 6, "validation_file": validation, "save_total_limit": 2}
@@ -408,14 +388,7 @@ def test_full_tuning_changes_everything_and_loads_alone(model, data, tmp_path):
 
 
 def test_full_tuning_resumes_to_the_same_weights(model, data, tmp_path):
-    options = {"max_steps": 6, "save_steps": 3}
-    assert train(model, data, tmp_path / "a", **options) == 0
-    assert train(model, data, tmp_path / "b", **options) == 0
-    for folder in (tmp_path / "b").glob("checkpoint-6"):
-        checkpoints.remove_checkpoint(folder)
-    assert train(model, data, tmp_path / "b", resume_from_checkpoint=True, **options) == 0
-    first, second = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert_resumes_to_the_same_weights(model, data, tmp_path, "model.safetensors")
 
 
 def test_one_row_accumulated_equals_one_batch(model, data, tmp_path, monkeypatch):
@@ -555,28 +528,6 @@ def test_bfloat16_keeps_the_prefix_in_float32(model, data, tmp_path):
 
 # Killed runs
 
-KILL_AT_BATCH = """
-import os, signal, sys
-sys.path.insert(0, sys.argv[1])
-import torch
-torch.set_num_threads(1)
-from finetune_chatmodel_demo import finetune
-from finetune_chatmodel_demo.training import checkpoints, run_trainer
-
-where, count = sys.argv[2], int(sys.argv[3])
-module, name = {"batch": (run_trainer.Trainer, "training_step"), "file": (checkpoints, "_flush")}[where]
-original, calls = getattr(module, name), []
-
-def die_in_time(*args, **kwargs):
-    calls.append(1)
-    if len(calls) == count:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*args, **kwargs)
-
-setattr(module, name, die_in_time)
-finetune.main(sys.argv[4:])
-"""
-
 
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_weights(model, data, tmp_path):
@@ -586,11 +537,11 @@ def test_a_killed_run_ends_with_the_same_weights(model, data, tmp_path):
     killed = tmp_path / "killed"
     argv = flags(model, data, killed, resume_from_checkpoint=True, **options)
     # 10 files a checkpoint: 9 and the manifest. The first run dies in step 8, the second while flushing checkpoint-15.
-    for where, count, whole, partial in (("batch", 16, "checkpoint-5", False), ("file", 16, "checkpoint-10", True)):
-        command = [sys.executable, "-c", KILL_AT_BATCH, str(REPOSITORY), where, str(count), *argv]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        run = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert run.returncode == -signal.SIGKILL, run.stderr
+    for owner, name, count, whole, partial in (
+        (f"{run_trainer.__name__}:Trainer", "training_step", 16, "checkpoint-5", False),
+        (checkpoints.__name__, "_flush", 16, "checkpoint-10", True),
+    ):
+        die_at(owner, name, count, argv)
         assert checkpoints.find_last_checkpoint(killed).name == whole
         assert any(path.name.startswith(checkpoints.PARTIAL_PREFIX) for path in killed.iterdir()) == partial
     assert train(model, data, killed, resume_from_checkpoint=True, **options) == 0
