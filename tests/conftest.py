@@ -66,6 +66,32 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_conversations(tmp_path_factory.mktemp("data") / "train.jsonl")
 
 
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, tokenizer) -> Path:
+    """Folder of a random model whose greedy replies are clear-cut; all tests read the same one, so none changes it."""
+    from generation_helpers import build_random_folder
+
+    return build_random_folder(tmp_path_factory.mktemp("base"), tiny_folder, tokenizer.vocab_size)
+
+
+@pytest.fixture(scope="session")
+def prefix(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
+    """Folder of a random prefix for `base` that changes every reply; read only, as `base` is."""
+    from generation_helpers import build_prefix_folder
+
+    return build_prefix_folder(
+        tmp_path_factory.mktemp("prefix"), base, base_model=str(base), prompt_format="multi-turn"
+    )
+
+
+@pytest.fixture(scope="module")
+def prefix_model(base: Path, prefix: Path):
+    """`base` with `prefix`, loaded anew for each module."""
+    from finetune_chatmodel_demo.chatglm3 import load_model
+
+    return load_model(base, pt_checkpoint=prefix, device="cpu")
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Sums of floats depend on the number of threads: for tests that compare bits, and for speed on small models."""

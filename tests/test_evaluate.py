@@ -9,10 +9,8 @@ from pathlib import Path
 import pytest
 from adapter_helpers import make_adapter
 from conversation_helpers import message, write_jsonl
-from generation_helpers import build_prefix_folder, build_random_folder
 
 from finetune_chatmodel_demo import evaluate
-from finetune_chatmodel_demo.chatglm3 import load_model
 from finetune_chatmodel_demo.conversation.rendering import render_prompt
 from finetune_chatmodel_demo.evaluation import conversation_files
 from finetune_chatmodel_demo.evaluation.exact_match import (
@@ -31,22 +29,7 @@ KANTO = REPOSITORY / "data_processing" / "templates" / "pokemon_kanto.yaml"
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory, tiny_folder, tokenizer):
-    return build_random_folder(tmp_path_factory.mktemp("base"), tiny_folder, tokenizer.vocab_size)
-
-
-@pytest.fixture(scope="module")
-def prefix(tmp_path_factory, base):
-    return build_prefix_folder(tmp_path_factory.mktemp("prefix"), base, base_model=str(base))
-
-
-@pytest.fixture(scope="module")
-def model(base, prefix):
-    return load_model(base, pt_checkpoint=prefix, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory, model, tokenizer):
+def data(tmp_path_factory, prefix_model, tokenizer):
     """Ten conversations of two questions. The prefix's true answers to eight first and five second questions, the
     base's to two first ones; everything else is wrong."""
     names = ["皮卡丘", "妙蛙种子", "小火龙", "杰尼龟", "喵", "伊布", "雷丘", "可达鸭", "胖丁", "卡比兽"]
@@ -54,12 +37,12 @@ def data(tmp_path_factory, model, tokenizer):
     for i, name in enumerate(names):
         opening = [message("system", "图鉴"), message("user", f"{name}的属性？")]
         if i < 8:
-            first = answer(model, tokenizer, opening)
+            first = answer(prefix_model, tokenizer, opening)
         else:
-            with model.prefix_disabled():
-                first = answer(model, tokenizer, opening)
+            with prefix_model.prefix_disabled():
+                first = answer(prefix_model, tokenizer, opening)
         talk = [*opening, message("assistant", f" {first}\n", column="属性"), message("user", "它的弱点？")]
-        second = answer(model, tokenizer, talk) if i < 5 else "不知道"
+        second = answer(prefix_model, tokenizer, talk) if i < 5 else "不知道"
         talk += [message("assistant", second, column="弱点"), message("user", "谢谢"), message("assistant", "再见")]
         records.append({"conversations": talk})
     return write_jsonl(tmp_path_factory.mktemp("data") / "pokemon.jsonl", records)
@@ -176,9 +159,11 @@ def test_gold_history_and_tools_come_before_a_question(tmp_path):
     assert read_questions(path)[0] == [Question("属性", talk[:2], tools, "电")]
 
 
-def test_replies_that_hit_the_cap_are_counted(model, tokenizer):
+def test_replies_that_hit_the_cap_are_counted(prefix_model, tokenizer):
     question = Question("属性", [message("user", "皮卡丘？")], None, "x")
-    score = score_questions(model, tokenizer, [question], prompt_format="multi-turn", max_new_tokens=1, batch_size=1)
+    score = score_questions(
+        prefix_model, tokenizer, [question], prompt_format="multi-turn", max_new_tokens=1, batch_size=1
+    )
     assert (score.exact, score.hit_cap) == (0, 1)
 
 

@@ -213,11 +213,6 @@ def test_two_candidates_on_the_same_questions(monkeypatch, tokenizer, questions)
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory, tiny_folder, tokenizer):
-    return build_random_folder(tmp_path_factory.mktemp("base"), tiny_folder, tokenizer.vocab_size)
-
-
-@pytest.fixture(scope="module")
 def folders(tmp_path_factory, base, tiny_folder, tokenizer):
     """A prefix, another one of another length, an adapter, and a whole model."""
     root = tmp_path_factory.mktemp("trained")

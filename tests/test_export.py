@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from adapter_helpers import make_adapter, make_official_adapter, randomize
-from generation_helpers import build_prefix_folder, build_random_folder
+from generation_helpers import build_prefix_folder
 from safetensors.torch import load_file, save_file
 from training_helpers import train
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -38,11 +38,6 @@ IDS = torch.arange(5, 29).view(1, -1)
 @pytest.fixture(scope="module")
 def golden_base(golden) -> Path:
     return golden / "tiny_chatglm3"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory, tiny_folder, tokenizer) -> Path:
-    return build_random_folder(tmp_path_factory.mktemp("base"), tiny_folder, tokenizer.vocab_size)
 
 
 @pytest.fixture(scope="module")

@@ -32,22 +32,6 @@ SCRIPT = Path(inference.__file__)
 QUESTION = "皮卡丘是什么属性？"
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory, tiny_folder, tokenizer):
-    return build_random_folder(tmp_path_factory.mktemp("base"), tiny_folder, tokenizer.vocab_size)
-
-
-@pytest.fixture(scope="module")
-def prefix(tmp_path_factory, base):
-    folder = tmp_path_factory.mktemp("prefix")
-    return build_prefix_folder(folder, base, base_model=str(base), prompt_format="multi-turn")
-
-
-@pytest.fixture(scope="module")
-def model(base, prefix):
-    return load_model(base, pt_checkpoint=prefix, device="cpu")
-
-
 def reference_reply(model, tokenizer, messages, count, prompt_format="multi-turn"):
     """What must be answered: argmax over the whole text, id by id."""
     prompt = render_prompt(tokenizer, messages, prompt_format=prompt_format)
@@ -189,7 +173,7 @@ def test_the_newest_adapter_of_a_run_is_used(tmp_path, adapter):
     assert choose("--adapter", tmp_path).adapter == tmp_path / "checkpoint-10"
 
 
-def test_an_adapter_answers_as_it_was_trained(capsys, base, adapter, model, tokenizer):
+def test_an_adapter_answers_as_it_was_trained(capsys, base, adapter, prefix_model, tokenizer):
     adapted = load_adapter(load_model(base, device="cpu"), adapter)
     expected = reference_reply(adapted, tokenizer, [user(QUESTION)], 12, "input-output")
     flags = ["--adapter", adapter, "--prompt", QUESTION, "--max-new-tokens", 12]
@@ -307,21 +291,21 @@ def test_a_full_gpu_is_explained_and_our_own_faults_are_not_hidden(capsys):
 # --- one shot and pipes
 
 
-def test_one_shot_equals_the_argmax_reference(capsys, base, prefix, model, tokenizer):
+def test_one_shot_equals_the_argmax_reference(capsys, base, prefix, prefix_model, tokenizer):
     code, out, err = run_main(capsys, "--pt-checkpoint", prefix, "--prompt", QUESTION, "--max-new-tokens", 16)
-    assert (code, out) == (0, reference_reply(model, tokenizer, [user(QUESTION)], 16) + "\n")
+    assert (code, out) == (0, reference_reply(prefix_model, tokenizer, [user(QUESTION)], 16) + "\n")
     assert f"{base} + prefix {prefix}, multi-turn prompts, on" in err
 
 
-def test_the_system_prompt_is_used(capsys, prefix, model, tokenizer):
+def test_the_system_prompt_is_used(capsys, prefix, prefix_model, tokenizer):
     flags = ["--pt-checkpoint", prefix, "--prompt", QUESTION, "--max-new-tokens", 16, "--system", "你是图鉴。"]
-    expected = reference_reply(model, tokenizer, [message("system", "你是图鉴。"), user(QUESTION)], 16)
+    expected = reference_reply(prefix_model, tokenizer, [message("system", "你是图鉴。"), user(QUESTION)], 16)
     assert run_main(capsys, *flags)[1] == expected + "\n"
 
 
-def test_input_output_prompts(capsys, prefix, model, tokenizer):
+def test_input_output_prompts(capsys, prefix, prefix_model, tokenizer):
     flags = ["--pt-checkpoint", prefix, "--prompt", QUESTION, "--max-new-tokens", 16, "--format", "input-output"]
-    expected = reference_reply(model, tokenizer, [user(QUESTION)], 16, "input-output")
+    expected = reference_reply(prefix_model, tokenizer, [user(QUESTION)], 16, "input-output")
     _, out, err = run_main(capsys, *flags, "--seed", 1)
     assert out == expected + "\n"
     assert "input-output prompts (each question stands alone), on" in err
@@ -344,7 +328,7 @@ def test_sampling_options():
     assert options("--top_k", "3") == plain | {"do_sample": True, "top_k": 3}
 
 
-def test_piped_prompts_are_one_conversation(base, prefix, model, tokenizer, tmp_path):
+def test_piped_prompts_are_one_conversation(base, prefix, prefix_model, tokenizer, tmp_path):
     piped = "\ufeff" + QUESTION + "\n\n它的弱点？\n"
     done = subprocess.run(
         [sys.executable, SCRIPT, "--pt-checkpoint", prefix, "--max-new-tokens", "12", "--device", "cpu"],
@@ -354,9 +338,9 @@ def test_piped_prompts_are_one_conversation(base, prefix, model, tokenizer, tmp_
         check=False,
     )
     assert done.returncode == 0, done.stderr.decode()
-    first = reference_reply(model, tokenizer, [user(QUESTION)], 12)
+    first = reference_reply(prefix_model, tokenizer, [user(QUESTION)], 12)
     history = [user(QUESTION), assistant(first), user("它的弱点？")]
-    assert done.stdout.decode() == f"{first}\n{reference_reply(model, tokenizer, history, 12)}\n"
+    assert done.stdout.decode() == f"{first}\n{reference_reply(prefix_model, tokenizer, history, 12)}\n"
 
 
 def test_piped_lines_may_be_gbk():
@@ -397,10 +381,10 @@ def talk(session, *lines, out=None):
     return out.getvalue()
 
 
-def test_the_chat_keeps_its_history_and_obeys(model, tokenizer):
-    session = ChatSession(model, tokenizer, max_new_tokens=8)
-    first = reference_reply(model, tokenizer, [user("一")], 8)
-    second = reference_reply(model, tokenizer, [user("一"), assistant(first), user("二")], 8)
+def test_the_chat_keeps_its_history_and_obeys(prefix_model, tokenizer):
+    session = ChatSession(prefix_model, tokenizer, max_new_tokens=8)
+    first = reference_reply(prefix_model, tokenizer, [user("一")], 8)
+    second = reference_reply(prefix_model, tokenizer, [user("一"), assistant(first), user("二")], 8)
     shown = talk(session, "一", "", "二", "/history", "/clear", "/history", "一", "/exit", "三")
     assert shown == (
         f"assistant> {first}\nassistant> {second}\n"
@@ -409,9 +393,9 @@ def test_the_chat_keeps_its_history_and_obeys(model, tokenizer):
     )
 
 
-def test_system_prompt_in_the_chat(model, tokenizer):
-    session = ChatSession(model, tokenizer, max_new_tokens=8)
-    expected = reference_reply(model, tokenizer, [message("system", "图鉴"), user("一")], 8)
+def test_system_prompt_in_the_chat(prefix_model, tokenizer):
+    session = ChatSession(prefix_model, tokenizer, max_new_tokens=8)
+    expected = reference_reply(prefix_model, tokenizer, [message("system", "图鉴"), user("一")], 8)
     shown = talk(session, "零", "/system 图鉴", "一", "/history", "/system -", "/system")
     assert shown.endswith(
         f"(system prompt: 图鉴)\nassistant> {expected}\nsystem: 图鉴\nuser: 一\nassistant: {expected}\n"
@@ -419,26 +403,26 @@ def test_system_prompt_in_the_chat(model, tokenizer):
     )
 
 
-def test_input_output_has_no_system_prompt(model, tokenizer):
-    session = ChatSession(model, tokenizer, prompt_format="input-output", max_new_tokens=4)
+def test_input_output_has_no_system_prompt(prefix_model, tokenizer):
+    session = ChatSession(prefix_model, tokenizer, prompt_format="input-output", max_new_tokens=4)
     assert "it has no system prompt" in talk(session, "/system 图鉴")
     assert session.system is None
 
 
-def test_commands_are_told_from_messages(model, tokenizer):
-    session = ChatSession(model, tokenizer, max_new_tokens=4)
+def test_commands_are_told_from_messages(prefix_model, tokenizer):
+    session = ChatSession(prefix_model, tokenizer, max_new_tokens=4)
     shown = talk(session, "/help", "/claer", "//clear", "/observation x", "clear", "stop", "一")
     assert HELP in shown
     assert "(/claer is no command; /help lists them" in shown
-    assert f"assistant> {reference_reply(model, tokenizer, [user('/clear')], 4)}\n" in shown
+    assert f"assistant> {reference_reply(prefix_model, tokenizer, [user('/clear')], 4)}\n" in shown
     assert "(the model has not called a tool)" in shown
     assert shown.endswith("(the conversation was forgotten)\n")
 
 
-def test_a_question_that_is_too_long_does_not_end_the_chat(model, tokenizer):
-    shown = talk(ChatSession(model, tokenizer, max_new_tokens=4), "长" * 300, "一")
+def test_a_question_that_is_too_long_does_not_end_the_chat(prefix_model, tokenizer):
+    shown = talk(ChatSession(prefix_model, tokenizer, max_new_tokens=4), "长" * 300, "一")
     assert "leaves room for 252 before the answer" in shown
-    assert f"assistant> {reference_reply(model, tokenizer, [user('一')], 4)}\n" in shown
+    assert f"assistant> {reference_reply(prefix_model, tokenizer, [user('一')], 4)}\n" in shown
 
 
 class InterruptingOutput(io.StringIO):
@@ -453,9 +437,9 @@ class InterruptingOutput(io.StringIO):
         return super().write(text)
 
 
-def test_ctrl_c_ends_the_reply_and_not_the_program(model, tokenizer):
-    session = ChatSession(model, tokenizer, max_new_tokens=40)
-    whole = reference_reply(model, tokenizer, [user("一")], 40)
+def test_ctrl_c_ends_the_reply_and_not_the_program(prefix_model, tokenizer):
+    session = ChatSession(prefix_model, tokenizer, max_new_tokens=40)
+    whole = reference_reply(prefix_model, tokenizer, [user("一")], 40)
     shown = talk(session, "一", "/history", KeyboardInterrupt, out=InterruptingOutput())
     reply, *rest = shown.removeprefix("assistant> ").split("\n")
     assert 0 < len(reply) < len(whole)

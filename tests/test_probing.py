@@ -6,9 +6,7 @@ import re
 
 import pytest
 import torch
-from generation_helpers import build_prefix_folder, build_random_folder
 
-from finetune_chatmodel_demo.chatglm3 import load_model
 from finetune_chatmodel_demo.conversation.rendering import render_conversation
 from finetune_chatmodel_demo.evaluation import probing
 from finetune_chatmodel_demo.evaluation.probing import (
@@ -22,24 +20,17 @@ from finetune_chatmodel_demo.evaluation.probing import (
 from finetune_chatmodel_demo.generation.batch import BatchReply
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, tiny_folder, tokenizer):
-    base = build_random_folder(tmp_path_factory.mktemp("base"), tiny_folder, tokenizer.vocab_size)
-    prefix = build_prefix_folder(tmp_path_factory.mktemp("prefix"), base)
-    return load_model(base, pt_checkpoint=prefix, device="cpu")
-
-
 def nll(model, ids, first):
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
     return -sum(float(logits[i - 1, ids[i]]) for i in first)
 
 
-def test_perplexity_of_texts_and_conversations_is_that_of_their_tokens(model, tokenizer):
+def test_perplexity_of_texts_and_conversations_is_that_of_their_tokens(prefix_model, tokenizer):
     text, talk = "皮卡丘的颜色是黄色。", [("user", "你好"), ("assistant", "再见")]
     ids = [tokenizer.get_command("[gMASK]"), tokenizer.get_command("sop"), *tokenizer.encode_text(text)]
-    loss = nll(model, ids, range(2, len(ids)))
-    found = measure_perplexity(model, tokenizer, [text])
+    loss = nll(prefix_model, ids, range(2, len(ids)))
+    found = measure_perplexity(prefix_model, tokenizer, [text])
     assert found["tokens"] == len(ids) - 2
     assert math.log(found["perplexity"]) == pytest.approx(loss / found["tokens"], rel=1e-4)
     assert found["bits_per_character"] == pytest.approx(loss / math.log(2) / len(text), rel=1e-4)
@@ -47,22 +38,22 @@ def test_perplexity_of_texts_and_conversations_is_that_of_their_tokens(model, to
         tokenizer, {"conversations": [{"role": role, "content": content} for role, content in talk]}
     )
     counted = [i for i, label in enumerate(row.labels) if label != -100]
-    both = measure_perplexity(model, tokenizer, [text, talk])
-    loss += nll(model, row.input_ids, counted)
+    both = measure_perplexity(prefix_model, tokenizer, [text, talk])
+    loss += nll(prefix_model, row.input_ids, counted)
     assert both["tokens"] == found["tokens"] + len(counted)
     assert math.log(both["perplexity"]) == pytest.approx(loss / both["tokens"], rel=1e-4)
 
 
-def test_the_prefix_makes_a_difference_that_can_be_switched_off(model, tokenizer):
+def test_the_prefix_makes_a_difference_that_can_be_switched_off(prefix_model, tokenizer):
     texts = ["春天来了。"]
-    on = measure_perplexity(model, tokenizer, texts)
-    with model.prefix_disabled():
-        off = measure_perplexity(model, tokenizer, texts)
+    on = measure_perplexity(prefix_model, tokenizer, texts)
+    with prefix_model.prefix_disabled():
+        off = measure_perplexity(prefix_model, tokenizer, texts)
     assert on["perplexity"] != off["perplexity"]
-    assert measure_perplexity(model, tokenizer, texts) == on
+    assert measure_perplexity(prefix_model, tokenizer, texts) == on
 
 
-def test_obedience_is_ending_keeping_the_role_and_the_form(monkeypatch, model, tokenizer):
+def test_obedience_is_ending_keeping_the_role_and_the_form(monkeypatch, prefix_model, tokenizer):
     replies = {
         "数字": [BatchReply("12", False), (True, True, True)],
         "长": [BatchReply("12", True), (False, True, False)],
@@ -74,14 +65,14 @@ def test_obedience_is_ending_keeping_the_role_and_the_form(monkeypatch, model, t
     }
     monkeypatch.setattr(probing, "generate_replies", lambda *_, **__: [reply for reply, _ in replies.values()])
     tasks = [(prompt, None if prompt == "随便" else re.compile(r"\d+")) for prompt in replies]
-    found = measure_obedience(model, tokenizer, tasks, batch_size=2)
+    found = measure_obedience(prefix_model, tokenizer, tasks, batch_size=2)
     for row, (_, expected) in zip(found["replies"], replies.values()):
         assert (row["ended"], row["role_format"], row["asked_form"]) == expected, row["prompt"]
     assert found["asked"] == 7
     assert (found["ended"], found["role_format"], found["asked_form"]) == pytest.approx((6 / 7, 4 / 7, 1 / 6))
 
 
-def test_the_probes_that_come_along(model, tokenizer):
+def test_the_probes_that_come_along(prefix_model, tokenizer):
     probes = read_probes()
     assert {name: len(items) for name, items in probes.texts.items()} == {
         "general dialogues": 10,
@@ -93,7 +84,7 @@ def test_the_probes_that_come_along(model, tokenizer):
     for (prompt, form), reply in zip(probes.tasks, good):
         assert form.fullmatch(reply), prompt
         assert not form.fullmatch("皮卡丘的属性是电。") or "介绍" in prompt
-    found = probe_model(model, tokenizer, probes, batch_size=8)
+    found = probe_model(prefix_model, tokenizer, probes, batch_size=8)
     assert set(found) == {"perplexity", "obedience"}
     assert all(1 < figures["perplexity"] < math.inf for figures in found["perplexity"].values())
 

@@ -6,26 +6,17 @@ import random
 import pytest
 import torch
 from evaluation_helpers import Script, build_questions, right_answer
-from generation_helpers import build_prefix_folder, build_random_folder
 
-from finetune_chatmodel_demo.chatglm3 import load_model
 from finetune_chatmodel_demo.evaluation import asking
 from finetune_chatmodel_demo.evaluation.questions import MULTI_TURN, TRAINED, UNANSWERABLE, UNSEEN, write_questions
 from finetune_chatmodel_demo.evaluation.sample import build_training_evaluator
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, tiny_folder, tokenizer):
-    base = build_random_folder(tmp_path_factory.mktemp("base"), tiny_folder, tokenizer.vocab_size)
-    prefix = build_prefix_folder(tmp_path_factory.mktemp("prefix"), base)
-    return load_model(base, pt_checkpoint=prefix, device="cpu")
-
-
-def test_figures(monkeypatch, model, tokenizer):
+def test_figures(monkeypatch, prefix_model, tokenizer):
     script = Script(lambda text: right_answer("皮卡丘", "属性") if "皮卡丘" in text else "我不知道。")
     monkeypatch.setattr(asking, "generate_replies", script)
     evaluator = build_training_evaluator(build_questions(), tokenizer, count=8)
-    figures = evaluator(model)
+    figures = evaluator(prefix_model)
     assert figures == {
         "exact": 1 / 8,
         "wrong": 1 / 8,
@@ -37,27 +28,27 @@ def test_figures(monkeypatch, model, tokenizer):
         f"exact {UNSEEN}": 0.0,
     }
     first = list(script.prompts)
-    evaluator(model)
+    evaluator(prefix_model)
     assert script.prompts == first * 2
 
 
-def test_the_model_and_all_random_numbers_are_left_as_they_were(model, tokenizer):
-    model.train()
-    model.model.layers[0].eval()
-    modes = [module.training for module in model.modules()]
+def test_the_model_and_all_random_numbers_are_left_as_they_were(prefix_model, tokenizer):
+    prefix_model.train()
+    prefix_model.model.layers[0].eval()
+    modes = [module.training for module in prefix_model.modules()]
     torch.manual_seed(4)
     random.seed(4)
     expected = torch.rand(3), random.random()
     torch.manual_seed(4)
     random.seed(4)
-    figures = build_training_evaluator(build_questions(), tokenizer, count=2, max_new_tokens=4)(model)
-    assert [module.training for module in model.modules()] == modes
+    figures = build_training_evaluator(build_questions(), tokenizer, count=2, max_new_tokens=4)(prefix_model)
+    assert [module.training for module in prefix_model.modules()] == modes
     assert torch.equal(torch.rand(3), expected[0]) and random.random() == expected[1]
     assert figures["asked"] == 2
-    model.eval()
+    prefix_model.eval()
 
 
-def test_dropout_is_off_while_it_asks(model, tokenizer, monkeypatch):
+def test_dropout_is_off_while_it_asks(prefix_model, tokenizer, monkeypatch):
     """In training mode the prefix has dropout; the evaluator's replies are those of evaluation mode."""
     seen = []
 
@@ -66,10 +57,10 @@ def test_dropout_is_off_while_it_asks(model, tokenizer, monkeypatch):
         return Script(lambda text: "电")(*arguments, **options)
 
     monkeypatch.setattr(asking, "generate_replies", note)
-    model.train()
-    build_training_evaluator(build_questions(), tokenizer, count=1)(model)
-    assert seen == [False] and model.training
-    model.eval()
+    prefix_model.train()
+    build_training_evaluator(build_questions(), tokenizer, count=1)(prefix_model)
+    assert seen == [False] and prefix_model.training
+    prefix_model.eval()
 
 
 def test_questions_are_chosen_by_group_count_and_seed(tokenizer):
@@ -87,11 +78,11 @@ def test_questions_are_chosen_by_group_count_and_seed(tokenizer):
         build_training_evaluator(questions, tokenizer, count=0)
 
 
-def test_question_files_and_conversation_files_are_told_apart(tmp_path, model, tokenizer):
+def test_question_files_and_conversation_files_are_told_apart(tmp_path, prefix_model, tokenizer):
     write_questions(build_questions(), tmp_path / "questions.json")
-    facts = build_training_evaluator(tmp_path / "questions.json", tokenizer, count=3, max_new_tokens=4)(model)
+    facts = build_training_evaluator(tmp_path / "questions.json", tokenizer, count=3, max_new_tokens=4)(prefix_model)
     assert {"exact", "overlap", "missing"} <= set(facts)
     talk = [{"role": "user", "content": "？"}, {"role": "assistant", "content": "电", "column": "属性"}]
     (tmp_path / "talk.jsonl").write_text(json.dumps({"conversations": talk}), encoding="utf-8")
-    figures = build_training_evaluator(tmp_path / "talk.jsonl", tokenizer, count=3, max_new_tokens=4)(model)
+    figures = build_training_evaluator(tmp_path / "talk.jsonl", tokenizer, count=3, max_new_tokens=4)(prefix_model)
     assert figures == {"exact": 0.0, "asked": 1, "not_ended": figures["not_ended"]}
