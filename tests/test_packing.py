@@ -1,17 +1,24 @@
 """Packed rows: the losses and gradients of conversations that share a row equal those of the same ones alone."""
 
 import json
+import random
+import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from torch.nn.attention.flex_attention import create_mask
+from torch.nn.attention import flex_attention as flex
+from torch.nn.attention.bias import CausalBias
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_helpers import losses, make_model, train, write_conversations
 
-from finetune_chatmodel_demo.chatglm3 import ChatGLM3Config, ChatGLM3ForCausalLM, prefix
+from finetune_chatmodel_demo.chatglm3 import ChatGLM3Config, ChatGLM3ForCausalLM, packing, prefix
 from finetune_chatmodel_demo.chatglm3.adapters import add_adapter
+from finetune_chatmodel_demo.chatglm3.attention import Prefix
 from finetune_chatmodel_demo.chatglm3.packing import Packing, _flex
 from finetune_chatmodel_demo.conversation.collating import PackCollator
 from finetune_chatmodel_demo.conversation.grouping import group_rows
@@ -129,24 +136,181 @@ def test_the_mask_of_cuda_says_the_same(prefixes, length):
     assert torch.equal(mask[0, 0], expected)
 
 
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("lengths", [(7, 1, 12, 5), (128, 128), (300, 128, 1, 55), (130, 20, 400, 256)])
+@pytest.mark.parametrize(("shared", "length"), [(False, 0), (True, 3), (True, 128), (False, 24), (False, 128)])
+def test_blocks_are_those_that_pytorch_finds(lengths, shared, length):
+    """From the lengths, without a mask of all queries and keys."""
+    prefixes = 1 if shared else len(lengths) if length else 0
+    row, tokens = Packing(lengths), sum(lengths)
+    visible = row.is_visible(prefixes, length, CPU)
+    expected = create_block_mask(visible, None, None, tokens, tokens + prefixes * length, device="cpu")
+    found = row.block_mask(prefixes, length, CPU)
+    assert found.shape == expected.shape and found.BLOCK_SIZE == expected.BLOCK_SIZE
+    for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_num_blocks", "q_indices"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+
+
+class LargestTensor(TorchDispatchMode):
+    """Bytes of the largest tensor that any operation returns."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        if isinstance(result, torch.Tensor):
+            self.bytes = max(self.bytes, result.untyped_storage().nbytes())
+        return result
+
+
+def test_blocks_of_a_long_row_take_little_memory():
+    """`create_block_mask` makes a mask of 8,192 × 14,592: 114 MiB, and copies of it."""
+    row = Packing([8192 // 50] * 49 + [8192 - 49 * (8192 // 50)])
+    with LargestTensor() as largest:
+        row.block_mask(50, 128, CPU)
+    assert largest.bytes == 8192 * 8 * (8192 + 50 * 128) // 128  # a number for each query and block of keys
+
+
+def make_tensors(heads: int, tokens: int, groups: int, keys: int, channels: int, **options) -> list[torch.Tensor]:
+    return [torch.randn(1, n, length, channels, **options) for n, length in ((heads, tokens), *[(groups, keys)] * 2)]
+
+
 @pytest.mark.parametrize("copies", [1, 4])
 def test_the_way_of_cuda_gives_the_same_output(copies, monkeypatch):
     """FlexAttention without its compiler, on the CPU."""
-    from torch.nn.attention import flex_attention
-
-    from finetune_chatmodel_demo.chatglm3 import packing
-    from finetune_chatmodel_demo.chatglm3.attention import Prefix
-
-    monkeypatch.setattr(packing, "_compiled_flex_attention", lambda: flex_attention.flex_attention)
+    monkeypatch.setattr(packing, "_compiled_flex_attention", lambda: flex.flex_attention)
     module = build("full").model.layers[1].self_attn
     torch.manual_seed(1)
-    tokens = sum(LENGTHS)
-    query, key, value = torch.randn(1, 4, tokens, 8), torch.randn(1, 2, tokens, 8), torch.randn(1, 2, tokens, 8)
+    query, key, value = make_tensors(4, sum(LENGTHS), 2, sum(LENGTHS), 8)
     prefix = Prefix(3, torch.randn(2, 2, copies, 2, 3, 8))
-    scale = module.scaling
-    ours = packing.packed_attention(module, query, key, value, Packing(LENGTHS), prefix, scale)
-    flex = _flex(module, query, key, value, Packing(LENGTHS), prefix, scale)
-    torch.testing.assert_close(flex, ours, rtol=1e-5, atol=1e-6)
+    ours = packing.packed_attention(module, query, key, value, Packing(LENGTHS), prefix, module.scaling)
+    found = _flex(module, query, key, value, Packing(LENGTHS), prefix, module.scaling)
+    torch.testing.assert_close(found, ours, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["ptuning", "full"])
+def test_the_way_of_cuda_under_autocast(kind, monkeypatch):
+    """Float32 weights make float32 queries and keys and bfloat16 values, of which FlexAttention wants one kind."""
+    model, rows = build(kind).eval(), make_rows()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = model(**pack(rows)).loss
+        monkeypatch.setattr(packing, "_compiled_flex_attention", lambda: flex.flex_attention)
+        monkeypatch.setattr(packing, "_uses_flex", lambda *arguments: True)
+        loss = model(**pack(rows)).loss
+    assert loss.item() == pytest.approx(expected.item(), rel=0.01) and loss != expected
+
+
+def random_rows(count: int) -> list[Packing]:
+    """Rows that differ in everything that can change from step to step."""
+    draw = random.Random(0)
+    return [Packing([draw.randint(5, 120) for _ in range(draw.randint(3, 9))]) for _ in range(count)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
+def test_rows_of_all_lengths_share_three_kernels():
+    """The first row's, the second's, which has as many blocks of keys, and one for whatever lengths come.
+
+    PyTorch's limit is 8, and the next row would be computed by a version that writes out all scores.
+    """
+    module, length = build("full").model.layers[1].self_attn, 24
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch.no_grad():
+        for number, row in enumerate(random_rows(14)):
+            copies = (len(row.lengths), 1, 0)[number // 5]
+            prefix = Prefix(length, torch.randn(2, 2, copies, 2, length, 16)) if copies else None
+            tensors = make_tensors(4, sum(row.lengths), 2, sum(row.lengths), 16)
+            expected = packing.packed_attention(module, *tensors, row, prefix, 0.25)
+            torch.testing.assert_close(_flex(module, *tensors, row, prefix, 0.25), expected, rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+
+
+def test_training_and_evaluation_compile_four_times(monkeypatch):
+    """The trial, the first layer (whose queries need no gradient), all others, evaluation; PyTorch's limit is 8.
+
+    Without a compiler, on the CPU: counts what would be compiled.
+    """
+    compiled = []
+
+    def count(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(flex, "_validate_device", lambda *tensors: None)  # refuses gradients on the CPU
+    function = torch.compile(flex.flex_attention, fullgraph=True, backend=count)
+    monkeypatch.setattr(packing, "_compiled_flex_attention", lambda: function)
+    torch._dynamo.reset()
+    assert packing._works_in_flex.__wrapped__(CPU, torch.bfloat16, 4, 2, 16, 0.25, True)
+    for number, row in enumerate(random_rows(12)):
+        is_training = number % 4 < 3
+        copies = len(row.lengths) if is_training else 1  # dropout gives each conversation its own
+        tokens, keys = sum(row.lengths), sum(row.lengths) + copies * 24
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.set_grad_enabled(is_training):
+            for layer in range(3):
+                query, key, value = make_tensors(4, tokens, 2, keys, 16, dtype=torch.bfloat16)
+                for tensor, has_gradient in ((query, layer > 0), (key, True), (value, True)):
+                    tensor.requires_grad_(is_training and has_gradient)
+                packing._attend(query, key, value, row.block_mask(copies, 24, CPU), 0.25)
+    assert len(compiled) == 4
+
+
+TRIAL = (CPU, torch.float32, 4, 2, 16, 0.25, False)
+
+
+def test_where_flex_attention_fails_packing_goes_on_without(monkeypatch, caplog):
+    """No Triton, no compiler, too few channels or too little shared memory: all show when it is first compiled."""
+    calls = []
+
+    def fail(*arguments, **options):
+        calls.append(arguments)
+        raise RuntimeError("No valid triton configs.\nRequired: 131074 Hardware limit: 101376")
+
+    monkeypatch.setattr(packing, "_compiled_flex_attention", lambda: fail)
+    packing._works_in_flex.cache_clear()
+    assert [packing._works_in_flex(*TRIAL) for _ in range(3)] == [False] * 3
+    packing._works_in_flex.cache_clear()
+    assert len(calls) == 1
+    assert caplog.messages == [
+        "packed rows are computed conversation by conversation, which is slower: FlexAttention fails here "
+        "(RuntimeError: No valid triton configs.)"
+    ]
+
+
+def test_the_trial_is_invisible_to_checkpointing(monkeypatch):
+    def attend(query, key, value, block_mask, scale, enable_gqa):
+        return F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=enable_gqa)
+
+    saved = []
+    monkeypatch.setattr(packing, "_compiled_flex_attention", lambda: attend)
+    before = torch.get_rng_state()
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda tensor: tensor), torch.no_grad():
+        assert packing._works_in_flex.__wrapped__(*TRIAL)
+    assert saved == [] and torch.equal(before, torch.get_rng_state())
+
+
+def test_too_little_memory_is_no_reason_to_do_without(monkeypatch):
+    def fail(*arguments, **options):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(packing, "_compiled_flex_attention", lambda: fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        packing._works_in_flex.__wrapped__(*TRIAL)
+
+
+def test_old_versions_do_without(monkeypatch):
+    monkeypatch.setattr(packing, "_attend", None)
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.6.0+cu124"))
+    assert packing._works_in_flex.__wrapped__(*TRIAL) is False
+
+
+def test_cuda_gets_a_mask_that_keeps_its_fused_kernel():
+    mask = Packing((2,)).causal_mask(2, 3, torch.device("cuda"))
+    assert type(mask) is CausalBias
+    assert mask._materialize(CPU).tolist() == [[True, True, True, True, False], [True] * 5]
+    assert torch.equal(Packing((2,)).causal_mask(2, 3, CPU), mask._materialize(CPU))
 
 
 @pytest.mark.parametrize(

@@ -2,19 +2,31 @@
 
 Their losses and gradients equal those of the conversations one by one (`pytest tests/test_packing.py`); what changes is
 the size of the matrices. Positions start anew with every conversation (the caller's `position_ids`).
+
+On a GPU one FlexAttention kernel computes the whole row. Where that does not work, and on a CPU, the conversations are
+computed one after the other.
 """
 
+import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.bias import causal_lower_right
 from transformers.models.glm.modeling_glm import repeat_kv
 
 if TYPE_CHECKING:
     from finetune_chatmodel_demo.chatglm3.attention import Prefix
+
+logger = logging.getLogger(__name__)
+
+BLOCK = 128  # queries, and keys, that FlexAttention computes or leaves out together
+# In 2.6 compiled backward passes fail (github.com/pytorch/pytorch/issues/146260), and so do dynamic shapes (147756).
+FIRST_FLEX_VERSION = "2.7"
 
 
 class Packing:
@@ -43,7 +55,8 @@ class Packing:
 
     def segments(self, device: torch.device) -> torch.Tensor:
         """(tokens,): which conversation each token belongs to."""
-        return torch.repeat_interleave(torch.tensor(self.lengths, device=device))
+        lengths = torch.tensor(self.lengths, device=device)
+        return torch.repeat_interleave(lengths, output_size=sum(self.lengths))
 
     def is_visible(self, prefixes: int, prefix_length: int, device: torch.device) -> Any:
         """The mask as a function of (batch, head, query, key): True where a query may look.
@@ -51,36 +64,72 @@ class Packing:
         Keys are `prefixes` copies of the prefix, `prefix_length` positions each, and behind them the row. With one copy
         every conversation sees it; else conversation i sees copy i.
         """
-        segments, offset = self.segments(device), prefixes * prefix_length
+        # The function reads tensors alone: a number among them would be compiled into the kernel, for this row only.
+        segments = self.segments(device)
+        everyone, before_all = -1, -1
+        owners = torch.arange(prefixes, device=device).repeat_interleave(prefix_length)
+        owners = torch.cat((owners if prefixes > 1 else torch.full_like(owners, everyone), segments))
+        places = torch.arange(len(segments), device=device)
+        places = torch.cat((places.new_full((prefixes * prefix_length,), before_all), places))
 
         def mask(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-            text = (key - offset).clamp(min=0)
-            is_own_text = (key >= offset) & (segments[text] == segments[query]) & (text <= query)
-            is_prefix = key < offset
-            if prefixes > 1:
-                is_prefix = is_prefix & (key // prefix_length == segments[query])
-            return is_prefix | is_own_text
+            return ((owners[key] == segments[query]) | (owners[key] < 0)) & (places[key] <= query)
 
         return mask
 
     def block_mask(self, prefixes: int, prefix_length: int, device: torch.device) -> Any:
         """FlexAttention's form of `is_visible`, made by the first layer and shared by the rest."""
         if self._block_mask is None:
-            from torch.nn.attention.flex_attention import create_block_mask
+            from torch.nn.attention.flex_attention import BlockMask
 
+            is_full, is_partial = self._count_blocks(prefixes, prefix_length, device)
             tokens = sum(self.lengths)
-            mask = self.is_visible(prefixes, prefix_length, device)
-            keys = tokens + prefixes * prefix_length
-            self._block_mask = create_block_mask(mask, B=None, H=None, Q_LEN=tokens, KV_LEN=keys, device=str(device))
+            self._block_mask = BlockMask.from_kv_blocks(
+                *_list_blocks(is_partial),
+                *_list_blocks(is_full),
+                BLOCK_SIZE=BLOCK,
+                mask_mod=self.is_visible(prefixes, prefix_length, device),
+                seq_lengths=(tokens, tokens + prefixes * prefix_length),
+            )
         return self._block_mask
+
+    def _count_blocks(
+        self, prefixes: int, prefix_length: int, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(query blocks, key blocks) twice: True where all of a block is visible, and where some of it is.
+
+        `create_block_mask` finds the same from a mask of all queries and keys: 342 MiB for 8,192 tokens behind 50
+        copies of a prefix of 128.
+        """
+        tokens, offset = sum(self.lengths), prefixes * prefix_length
+        segments, place = self.segments(device), torch.arange(tokens, device=device)
+        starts = torch.tensor([start for start, _ in self.bounds], device=device)[segments]
+        copy = segments * prefix_length if prefixes > 1 else torch.zeros_like(segments)
+        block = torch.arange(0, offset + tokens, BLOCK, device=device)
+
+        def overlap(first: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+            """(tokens, key blocks): keys of each block that are among those of a query."""
+            return (end[:, None].minimum(block + BLOCK) - first[:, None].maximum(block)).clamp(min=0)
+
+        seen = overlap(copy, copy + prefix_length) + overlap(offset + starts, offset + place + 1)
+        seen = F.pad(seen, (0, 0, 0, -tokens % BLOCK)).view(-1, BLOCK, len(block))
+        is_full = seen.amin(dim=1) == BLOCK
+        return is_full, (seen.amax(dim=1) > 0) & ~is_full
 
     def causal_mask(self, queries: int, prefix_length: int, device: torch.device) -> torch.Tensor:
         """(queries, prefix_length + queries), True where a query may look: the prefix and the text up to itself."""
         shape = (queries, prefix_length)
         if shape not in self._causal_masks:
-            mask = torch.ones(queries, prefix_length + queries, dtype=torch.bool, device=device)
-            self._causal_masks[shape] = mask.tril_(prefix_length)
+            bias = causal_lower_right(queries, prefix_length + queries)
+            # As in `Prefix.causal_mask`: the object picks a fused kernel.
+            self._causal_masks[shape] = bias if device.type == "cuda" else bias._materialize(device)
         return self._causal_masks[shape]
+
+
+def _list_blocks(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many blocks of each row of (query blocks, key blocks) are chosen, and all numbers, the chosen ones first."""
+    order = chosen.int().argsort(dim=-1, descending=True, stable=True)
+    return chosen.sum(dim=-1, dtype=torch.int32)[None, None], order.int()[None, None]
 
 
 def packed_attention(
@@ -112,7 +161,9 @@ def packed_attention(
             f"a packed row of {len(packing.lengths)} conversations has 1 × {tokens} tokens, got {query.shape[0]} × "
             f"{query.shape[2]}"
         )
-    if query.is_cuda and dropout == 0:
+    # In autocast, rotations in float32 (where the embeddings are) leave the values behind in half precision.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    if dropout == 0 and _uses_flex(query, key, scaling):
         return _flex(module, query, key, value, packing, prefix, scaling)
     outputs = []
     for number, (start, end) in enumerate(packing.bounds):
@@ -152,19 +203,72 @@ def _flex(
         # (copies, groups, length, head_dim) → (1, groups, copies × length, head_dim)
         front = own.transpose(1, 2).reshape(2, 1, own.shape[2], copies * length, own.shape[4])
         key, value = torch.cat((front[0], key), dim=2), torch.cat((front[1], value), dim=2)
-    output = _compiled_flex_attention()(
-        query,
-        key,
-        value,
-        block_mask=packing.block_mask(copies, length, query.device),
-        scale=scaling,
-        enable_gqa=module.num_key_value_groups > 1,
-    )
+    output = _attend(query, key, value, packing.block_mask(copies, length, query.device), scaling)
     return output.transpose(1, 2).contiguous()
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block_mask: Any, scaling: float | None
+) -> torch.Tensor:
+    is_grouped = query.shape[1] > key.shape[1]
+    return _compiled_flex_attention()(query, key, value, block_mask=block_mask, scale=scaling, enable_gqa=is_grouped)
 
 
 @cache
 def _compiled_flex_attention() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    # After too many compilations PyTorch would go on, without a word, with a version that writes out all scores;
+    # `fullgraph` makes that an error. `tests/test_packing.py` counts the compilations.
+    return torch.compile(flex_attention, fullgraph=True)
+
+
+def _uses_flex(query: torch.Tensor, key: torch.Tensor, scaling: float | None) -> bool:
+    if not query.is_cuda:  # on a CPU it has no backward pass
+        return False
+    in_autocast = torch.is_autocast_enabled(query.device.type)
+    return _works_in_flex(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[3], scaling, in_autocast)
+
+
+@cache
+def _works_in_flex(
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    groups: int,
+    channels: int,
+    scaling: float | None,
+    in_autocast: bool,
+) -> bool:
+    """Whether FlexAttention computes such tensors, forward and backward; tried once, on a short row.
+
+    It needs Triton, a C compiler, at least 16 channels, and a GPU with enough shared memory for them.
+    """
+    if torch.__version__ < FIRST_FLEX_VERSION:
+        return False
+
+    def attempt() -> None:
+        packing, length = Packing((150, 100)), 24
+        query, key, value = (
+            torch.zeros(1, count, tokens, channels, device=device, dtype=dtype, requires_grad=True)
+            for count, tokens in ((heads, 250), (groups, 250 + 2 * length), (groups, 250 + 2 * length))
+        )
+        with torch.autocast(device.type, dtype=dtype if in_autocast else None, enabled=in_autocast):
+            output = _attend(query, key, value, packing.block_mask(2, length, device), scaling)
+        output.sum().backward()
+
+    try:
+        # In a thread of its own: gradient checkpointing would count these tensors among the layer's.
+        with ThreadPoolExecutor(1) as threads:
+            threads.submit(attempt).result()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever is missing or does not fit, there is another way
+        reason = str(error).strip().partition("\n")[0][:300]
+        logger.warning(
+            "packed rows are computed conversation by conversation, which is slower: FlexAttention fails here (%s: %s)",
+            type(error).__name__,
+            reason,
+        )
+        return False
+    return True
