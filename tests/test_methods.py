@@ -198,7 +198,7 @@ def test_lora_on_a_quantized_base(bits, model, data, tmp_path):
     losses = [entry["loss"] for entry in read_log(tmp_path / "o") if "loss" in entry]
     assert losses[-1] < losses[0]
     weights = load_file(tmp_path / "o" / "adapter_model.safetensors")
-    assert all(value.abs().sum() > 0 for name, value in weights.items() if "lora_B" in name)
+    assert {bool(value.any()) for name, value in weights.items() if "lora_B" in name} == {True}
 
 
 # Streaming

@@ -1,8 +1,10 @@
 """A loss or gradient that is no number stops the run and names the rows: every method, accumulation, bfloat16."""
 
+import math
+
 import pytest
 import torch
-from training_helpers import train
+from training_helpers import read_log, train
 
 from finetune_chatmodel_demo.chatglm3 import load_tokenizer
 from finetune_chatmodel_demo.training import methods
@@ -93,3 +95,5 @@ def test_under_loss_scaling_an_infinite_gradient_is_a_skipped_step(model, data, 
     monkeypatch.setattr(Settings, "precision", "float16")
     monkeypatch.setattr(Settings, "weights_dtype", torch.float32)
     assert train(model, data, tmp_path / "o", max_steps=1, **METHODS["lora"]) == 0
+    (entry,) = [entry for entry in read_log(tmp_path / "o") if "loss" in entry]
+    assert math.isfinite(entry["loss"]) and not math.isfinite(entry["grad_norm"])

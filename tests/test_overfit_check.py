@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from conversation_helpers import assistant, conversation, user, write_jsonl
 from training_helpers import flags
 
@@ -134,8 +135,15 @@ def test_an_earlier_run_in_the_output_folder_is_left_alone(consistent, tiny_fold
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{"bf16": True}, {"gradient_checkpointing": True}, {"packing": True}])
-def test_the_settings_of_the_run_hold(options, consistent, tiny_folder, tmp_path):
+def test_the_settings_of_the_run_hold(options, consistent, tiny_folder, tmp_path, monkeypatch):
+    models, overfit = [], overfitting.overfit
+    monkeypatch.setattr(overfitting, "overfit", lambda model, *args: models.append(model) or overfit(model, *args))
     assert check(tiny_folder, consistent, tmp_path / "o", finetuning_type="lora", **options) == 0
+    frozen = [value for value in models[0].parameters() if not value.requires_grad]
+    assert {value.dtype for value in frozen} == {torch.bfloat16 if "bf16" in options else torch.float32}
+    assert models[0].is_gradient_checkpointing == ("gradient_checkpointing" in options)
+    report = read_report(tmp_path / "o")
+    assert (report["rows"], report["replies"], report["reproduced"]) == (3, 3, 3)  # packing leaves each row its own
 
 
 @pytest.mark.parametrize(

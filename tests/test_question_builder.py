@@ -45,7 +45,9 @@ def kanto():
 
 
 def turns_of(questions, group):
-    return [turn for turn in questions.turns if turn.group == group]
+    found = [turn for turn in questions.turns if turn.group == group]
+    assert found
+    return found
 
 
 # ---------------------------------------------------------------- what is asked
