@@ -120,9 +120,11 @@ class Packing:
         """(queries, prefix_length + queries), True where a query may look: the prefix and the text up to itself."""
         shape = (queries, prefix_length)
         if shape not in self._causal_masks:
-            bias = causal_lower_right(queries, prefix_length + queries)
-            # As in `Prefix.causal_mask`: the object picks a fused kernel.
-            self._causal_masks[shape] = bias if device.type == "cuda" else bias._materialize(device)
+            if device.type == "cuda":  # as in `Prefix.causal_mask`: the object picks a fused kernel
+                mask = causal_lower_right(queries, prefix_length + queries)
+            else:
+                mask = torch.ones(queries, prefix_length + queries, dtype=torch.bool, device=device).tril_(prefix_length)
+            self._causal_masks[shape] = mask
         return self._causal_masks[shape]
 
 
