@@ -1,13 +1,18 @@
 """Our RMSNorm and SwiGLU against transformers' modules: the same values, the same gradients, less kept."""
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
+from test_packing import build, gradients
+from test_recomputing import enable
 from torch import nn
+from training_helpers import losses, make_model, train, write_conversations
 from transformers.models.glm.modeling_glm import GlmRMSNorm
 
 from finetune_chatmodel_demo.chatglm3 import ChatGLM3Config
-from finetune_chatmodel_demo.chatglm3.lean_functions import ChatGLM3RMSNorm, swiglu
+from finetune_chatmodel_demo.chatglm3.lean_functions import ChatGLM3RMSNorm, compile_elementwise, swiglu
 
 ROWS, TOKENS, WIDTH = 2, 7, 48
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -89,6 +94,60 @@ def test_what_they_keep():
     gate, up = gate_up.chunk(2, dim=-1)
     assert kept_bytes(lambda: swiglu(gate_up)) == tokens * 2 * (2 * WIDTH)
     assert kept_bytes(lambda: up * F.silu(gate)) == tokens * 2 * (3 * WIDTH)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("policy", ["none", "mlp", "full"])
+def test_compiled_functions_give_the_same_loss_and_gradients(policy):
+    """For rows of several lengths, with few compilations."""
+    plain, compiled = (build("ptuning") for _ in range(2))
+    compile_elementwise(compiled)
+    for model in (plain, compiled):
+        enable(model, policy)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for length in (7, 12, 5, 9, 16):
+        ids = torch.randint(1, 96, (1, length), generator=torch.Generator().manual_seed(length))
+        losses = [model(input_ids=ids, labels=ids).loss for model in (plain, compiled)]
+        for loss in losses:
+            loss.backward()
+        assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-6)
+    found, expected = gradients(compiled), gradients(plain)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+    kinds = 4  # norm, SwiGLU, and the gradients of both; each for one length, then for any
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3 * kinds
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, tiny_folder):
+    """A small model, and data."""
+    folder = tmp_path_factory.mktemp("files")
+    return make_model(folder / "model", tiny_folder), write_conversations(folder / "train.jsonl")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_torch_compile_trains_as_without_it(files, tmp_path, capsys):
+    for name, more in (("plain", {}), ("compiled", {"torch_compile": True})):
+        assert train(*files, tmp_path / name, pre_seq_len=4, learning_rate=1e-2, **more) == 0
+        assert ("norms and SwiGLU compiled" in capsys.readouterr().out) == (name == "compiled")
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"torch_compile_mode": "max-autotune"}, "--torch_compile_mode is not supported; --torch_compile True fuses"),
+        ({"torch_compile": True}, "--torch_compile needs a C++ compiler on a CPU"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused(options, message, files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert train(*files, tmp_path / "o", pre_seq_len=4, **options) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
 
 
 def test_another_activation_is_refused():

@@ -104,6 +104,22 @@ def test_a_head_that_is_no_plain_matrix_still_counts(monkeypatch):
         assert not losses._is_frozen_matrix(other)
 
 
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_no_positions_are_a_zero_with_a_graph(is_trained):
+    """A head that is shared out among processes is called all the same: the others wait for it."""
+    head, (hidden, targets) = make_head(is_trained=is_trained), draw()
+    calls = []
+    head.register_forward_hook(lambda *_: calls.append(1))
+    loss = summed_cross_entropy(head, hidden[:0], targets[:0])
+    loss.backward()
+    assert loss.item() == 0 and loss.dtype == torch.float32
+    assert torch.equal(hidden.grad, torch.zeros_like(hidden))
+    head.weight.ds_id = 0
+    calls.clear()
+    summed_cross_entropy(head, hidden[:0], targets[:0])
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_chunk_of_logits_exists_at_a_time(dtype, monkeypatch):
     monkeypatch.setattr(losses, "LOSS_CHUNK", 4)

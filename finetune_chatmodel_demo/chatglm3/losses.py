@@ -18,7 +18,9 @@ LOSS_CHUNK = 1024
 
 
 def summed_cross_entropy(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The sum of the cross-entropies of all positions, float32, ().
+    """The sum of the cross-entropies of all positions, float32, (); without positions a zero that has a graph.
+
+    A head whose weights are shared out is called even then: under ZeRO-3 all processes have to take part.
 
     Args:
         head: (positions, hidden) → (positions, vocabulary).

@@ -276,10 +276,7 @@ class ChatGLM3ForCausalLM(PrefixSwitch, ChatGLM3PreTrainedModel, GlmForCausalLM)
         targets = labels[:, 1:].to(hidden.device)
         counts = targets != IGNORED_LABEL
         hidden, targets = hidden[:, :-1][counts], targets[counts]
-        if len(targets):
-            total = summed_cross_entropy(self.lm_head, hidden, targets)
-        else:  # still a loss, and a graph: zero
-            total = hidden.sum(dtype=torch.float32) * 0
+        total = summed_cross_entropy(self.lm_head, hidden, targets)
         divisor = max(len(targets), 1) if num_items_in_batch is None else num_items_in_batch
         return total / (divisor.to(total.device) if isinstance(divisor, torch.Tensor) else divisor)
 

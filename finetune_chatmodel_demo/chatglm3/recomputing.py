@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.glm.modeling_glm import GlmMLP
 
-from finetune_chatmodel_demo.chatglm3.lean_functions import swiglu
+from finetune_chatmodel_demo.chatglm3.lean_functions import kernels_of, swiglu
 
 CheckpointingPolicy = Literal["none", "mlp", "full"]
 
@@ -33,7 +33,7 @@ class ChatGLM3MLP(GlmMLP):
         return self.down_proj(self._activate(hidden))
 
     def _activate(self, hidden: torch.Tensor) -> torch.Tensor:
-        return swiglu(self.gate_up_proj(hidden))
+        return swiglu(self.gate_up_proj(hidden), kernels_of(self))
 
 
 def set_policy(model: nn.Module, policy: CheckpointingPolicy) -> None:

@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import os
+import shutil
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -239,6 +240,8 @@ def _check_deepspeed(settings: "Settings") -> None:
 
 def _check_zero3(settings: "Settings") -> None:
     """No process has a whole weight, but for the moment in which all of them compute with it."""
+    if settings.compiles_elementwise:
+        raise SettingsError("--torch_compile with ZeRO-3 is not supported: its weights come and go; drop it")
     if settings.model.quantization_bit:
         raise SettingsError(
             "--quantization_bit with ZeRO-3: quantized weights cannot be shared out; use ds_zero2, or torchrun alone"
@@ -265,8 +268,23 @@ def _check_unsupported(given: dict[str, object]) -> None:
         raise SettingsError("--label_smoothing_factor needs the logits of every position, which are not computed")
     if given.get("push_to_hub"):
         raise SettingsError("--push_to_hub is not supported; upload the folder --output_dir when it is finished")
+    for flag in ("torch_compile_backend", "torch_compile_mode"):
+        if given.get(flag):
+            raise SettingsError(f"--{flag} is not supported; --torch_compile True fuses the element-wise operations")
+    if given.get("torch_compile"):
+        _check_compiler(given)
     if given.get("fsdp"):
         raise SettingsError("--fsdp is not supported; use --deepspeed finetune_chatmodel_demo/configs/ds_zero2.json")
+
+
+def _check_compiler(given: dict[str, object]) -> None:
+    if has_gpu(given):
+        if importlib.util.find_spec("triton") is None:
+            raise SettingsError("--torch_compile needs the package triton on a GPU: pip install triton; or drop it")
+    elif shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise SettingsError(
+            "--torch_compile needs a C++ compiler on a CPU (g++, or the one that CXX names); or drop it"
+        )
 
 
 def _check_streaming(settings: "Settings") -> None:

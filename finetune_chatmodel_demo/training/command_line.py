@@ -59,6 +59,7 @@ the flags of transformers' TrainingArguments that are used most (--help_all list
   --bf16 / --fp16                    default: bf16 where the hardware has it, float32 on a CPU
   --gradient_checkpointing none|mlp|full
                                      activations that are computed twice to save memory; default: full on a GPU
+  --torch_compile True               fuses norms and SwiGLU; the first steps wait for the compiler (default: off)
   --train_sampling_strategy NAME     default: group_by_length
   --deepspeed FILE                   e.g. finetune_chatmodel_demo/configs/ds_zero2.json (all parameters)
   --seed N"""

@@ -20,6 +20,7 @@ from torch import nn
 from finetune_chatmodel_demo.chatglm3.adapters import add_adapter, load_adapter, save_adapter
 from finetune_chatmodel_demo.chatglm3.adapters import without_tuning as without_tuning  # the stages find it here
 from finetune_chatmodel_demo.chatglm3.checkpoints import load_prefix, read_prefix_config, save_prefix
+from finetune_chatmodel_demo.chatglm3.lean_functions import compile_elementwise
 from finetune_chatmodel_demo.chatglm3.loading import load_model, load_tokenizer
 from finetune_chatmodel_demo.chatglm3.prefix_start import encode_start, start_prefix_as
 from finetune_chatmodel_demo.chatglm3.recomputing import set_policy
@@ -64,6 +65,8 @@ def prepare_model(settings: Settings) -> nn.Module:
         raise SettingsError(str(error)) from error
     if settings.recomputes_mlp_only:
         set_policy(model, "mlp")
+    if settings.compiles_elementwise:
+        compile_elementwise(model)
     if not settings.training.deepspeed:
         _train_in_float32(model)
     if settings.method == FREEZE and settings.checkpoint:

@@ -43,7 +43,8 @@ def describe_start(settings: Settings, trainer: "RunTrainer") -> str:
         "precision": settings.precision
         + (f", base in {bits} bits" if (bits := settings.model.quantization_bit) else ""),
         **({"memory": describe_in_a_line(plan)} if (plan := plan_settings(settings, trainer.train_dataset)) else {}),
-        "device": f"{args.device}, gradient checkpointing {_describe_checkpointing(settings)}",
+        "device": f"{args.device}, gradient checkpointing {_describe_checkpointing(settings)}"
+        + (", norms and SwiGLU compiled" if settings.compiles_elementwise else ""),
         "output": f"{args.output_dir}, a checkpoint every {args.save_steps:g} {_name(args.save_strategy)}",
         "resumed from": str(settings.checkpoint) if settings.checkpoint else "nothing, a new run",
     }

@@ -117,6 +117,11 @@ class Settings:
         return "mlp" in (self.given.get("gradient_checkpointing"), self.given.get("activation_checkpointing"))
 
     @property
+    def compiles_elementwise(self) -> bool:
+        """Whether torch.compile fuses the element-wise parts of the layers."""
+        return bool(self.given.get("torch_compile"))
+
+    @property
     def precision(self) -> str:
         """bfloat16, float16 or float32: what the model computes in."""
         return "bfloat16" if self.training.bf16 else "float16" if self.training.fp16 else "float32"
@@ -219,6 +224,8 @@ def _build_training_arguments(settings: Settings) -> TrainingArguments:
         **_default_evaluation(settings),
     }
     forced = {"remove_unused_columns": False, "label_names": ["labels"], "logging_nan_inf_filter": False}
+    # The library would compile the whole model, anew for many a length of rows. See `compile_elementwise`.
+    forced["torch_compile"] = False
     try:
         training = kind(**{**defaults, **chosen, **forced})
     except ValueError as error:
