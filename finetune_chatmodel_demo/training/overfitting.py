@@ -29,6 +29,7 @@ from finetune_chatmodel_demo.training.replies import Reply, find_replies, is_rep
 from finetune_chatmodel_demo.training.report import uses_checkpointing
 from finetune_chatmodel_demo.training.run_trainer import NonFiniteLossError
 from finetune_chatmodel_demo.training.settings import Settings
+from finetune_chatmodel_demo.training.stages.reference import disable_dropout
 
 MOST_STEPS = 1000
 MOST_RECORDS = 20_000  # read for the search for contradictions
@@ -145,7 +146,7 @@ def overfit(
     rate = settings.given.get("learning_rate") or LEARNING_RATE[settings.method]
     most_steps = settings.training.max_steps if settings.training.max_steps > 0 else MOST_STEPS
     trainer = _Stepper(model, float(rate), settings)
-    switch_dropout_off(model)
+    disable_dropout(model)  # it would keep replies from being learned to the end
     losses: list[float] = []
     written: list[list[int]] = []
     batches = draw_batches(rows, settings.training.per_device_train_batch_size, settings.training.seed)
@@ -226,12 +227,3 @@ def draw_batches(rows: Sequence[Any], size: int, seed: int) -> Iterator[list[Any
         order = draw.sample(range(len(rows)), len(rows))
         for start in range(0, len(order), size):
             yield [rows[i] for i in order[start : start + size]]
-
-
-def switch_dropout_off(model: nn.Module) -> None:
-    """No dropout in any layer, prefix, adapter or attention: it would keep replies from being learned to the end."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if getattr(module, "attention_dropout", 0):
-            module.attention_dropout = 0.0
