@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from finetune_chatmodel_demo.conversation.json_files import RecordError
 
@@ -124,11 +124,17 @@ def parse_format_arguments(
     return options
 
 
-def write_records(records: Iterable[dict[str, Any]], output: Path) -> Counter[int]:
-    """Writes records as JSON lines, one at a time; the file appears whole at the end.
+class Records(Protocol):
+    """Records that are read one at a time, and what was skipped on the way."""
 
-    Returns:
-        How many records have how many messages (0 for records without "conversations").
+    bad_count: int
+    bad_messages: list[str]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]: ...
+
+
+def write_records(records: Records, output: Path) -> None:
+    """Writes records as JSON lines, one at a time, and prints the counts; the file appears whole at the end.
 
     Raises:
         DataError: there is no record.
@@ -142,17 +148,17 @@ def write_records(records: Iterable[dict[str, Any]], output: Path) -> Counter[in
             lengths[len(record.get("conversations", ()))] += 1
         if not lengths:
             raise DataError(f"no good record for {output}; nothing was written")
-    return lengths
+    _print_report(records, lengths, output)
 
 
-def print_report(bad_count: int, bad_messages: list[str], lengths: Counter[int], output: Path) -> None:
+def _print_report(records: Records, lengths: Counter[int], output: Path) -> None:
     """The numbers that the original demo's scripts print, and what was wrong with the bad records."""
-    for message in bad_messages:
+    for message in records.bad_messages:
         print(f"skipped: {message}", file=sys.stderr)
-    if bad_count > len(bad_messages):
-        print(f"skipped: and {bad_count - len(bad_messages)} more", file=sys.stderr)
-    print(f"err_count: {bad_count}")
+    if records.bad_count > len(records.bad_messages):
+        print(f"skipped: and {records.bad_count - len(records.bad_messages)} more", file=sys.stderr)
+    print(f"err_count: {records.bad_count}")
     print(f"train_examples: {lengths.total()}")
-    if set(lengths) != {0}:
+    if set(lengths) != {0}:  # how many records have how many messages; 0: they have no "conversations"
         print(f"conversation_distribution: {lengths}")
     print(f"→ {output}")

@@ -7,12 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from finetune_chatmodel_demo.conversation.json_files import JSONFile, RecordError
-
-MAX_BAD_MESSAGES = 20
+from finetune_chatmodel_demo.conversation.json_files import JSONFile, RecordError, SkipsBadRecords
 
 
-class ConvertedRecords:
+class ConvertedRecords(SkipsBadRecords):
     """Iterates over the converted records of one file, one entry in memory at a time.
 
     Args:
@@ -22,9 +20,6 @@ class ConvertedRecords:
             that cannot be made.
         validate: (record, where) raises a RecordError for a record that finetune.py would refuse.
         on_bad_record: "error" raises at the first bad record, "skip" counts it.
-
-    Attributes:
-        bad_count, bad_messages: what was skipped so far, and why (the first 20).
     """
 
     def __init__(
@@ -38,8 +33,7 @@ class ConvertedRecords:
         self.path, self.required_keys = path, required_keys
         self.convert, self.validate = convert, validate
         self.on_bad_record = on_bad_record
-        self.bad_count = 0
-        self.bad_messages: list[str] = []
+        self.forget_bad()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for located in JSONFile(self.path).values(frozenset(self.required_keys)):
@@ -54,9 +48,7 @@ class ConvertedRecords:
                 except RecordError as error:
                     if self.on_bad_record == "error":
                         raise
-                    self.bad_count += 1
-                    if len(self.bad_messages) < MAX_BAD_MESSAGES:
-                        self.bad_messages.append(str(error))
+                    self.note_bad(str(error))
                 else:
                     yield record
 

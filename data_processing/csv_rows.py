@@ -9,19 +9,18 @@ from pathlib import Path
 
 from data_processing.common import DataError, find_input
 from finetune_chatmodel_demo.conversation.csv_files import CSVFile
-from finetune_chatmodel_demo.conversation.json_files import RecordError
+from finetune_chatmodel_demo.conversation.json_files import RecordError, SkipsBadRecords
 
 
-class CsvRows:
+class CsvRows(SkipsBadRecords):
     """An iterable of rows, each a dict from column name to the stripped cell text.
 
     Args:
         path: the CSV file, comma-separated, with a header line.
-        on_bad_record: "error" raises at the first ragged row; "skip" counts it.
+        on_bad_record: "error" raises at the first ragged row; "skip" counts it (`bad_count`).
 
     Attributes:
         columns: the header's names, in order; unnamed columns are left out.
-        bad_count, bad_messages: ragged rows met so far under "skip" (the first 20 messages).
         bytes_read: position in the file, for a progress bar.
 
     Raises:
@@ -32,8 +31,7 @@ class CsvRows:
     def __init__(self, path: str | Path, on_bad_record: str = "error") -> None:
         self.path = find_input(path)
         self.on_bad_record = on_bad_record
-        self.bad_count = 0
-        self.bad_messages: list[str] = []
+        self.forget_bad()
         self._file = CSVFile(self.path)
         self.encoding = self._file.encoding
         try:
@@ -63,6 +61,4 @@ class CsvRows:
     def _report_ragged(self, message: str) -> None:
         if self.on_bad_record == "error":
             raise DataError(f"{message}, or pass --on_bad_record skip")
-        self.bad_count += 1
-        if len(self.bad_messages) < 20:
-            self.bad_messages.append(message)
+        self.note_bad(message)

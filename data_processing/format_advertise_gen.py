@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from collections.abc import Iterator
 from typing import Any
 
-from data_processing.common import parse_format_arguments, print_report, run_entry, write_records
+from data_processing.common import parse_format_arguments, run_entry, write_records
 from data_processing.converting import ConvertedRecords
 from finetune_chatmodel_demo.conversation.records import validate_input_output
 
@@ -26,8 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_format_arguments(arguments, __doc__, "advertise_gen.jsonl")
     keys = ("content", "summary")
     records = ConvertedRecords(options.path, keys, convert, validate_input_output, options.on_bad_record)
-    lengths = write_records(records, options.output)
-    print_report(records.bad_count, records.bad_messages, lengths, options.output)
+    write_records(records, options.output)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from data_processing.common import parse_format_arguments, print_report, run_entry, write_records
+from data_processing.common import parse_format_arguments, run_entry, write_records
 from data_processing.converting import ConvertedRecords
 from finetune_chatmodel_demo.conversation.records import RecordError, validate_conversation
 
@@ -61,8 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_format_arguments(arguments, __doc__, "tool_alpaca.jsonl", on_bad_record="skip")
     keys = ("NLDocumentation", "Instances")
     records = ConvertedRecords(options.path, keys, convert, validate_conversation, options.on_bad_record)
-    lengths = write_records(records, options.output)
-    print_report(records.bad_count, records.bad_messages, lengths, options.output)
+    write_records(records, options.output)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_processing.common import parse_format_arguments, print_report, run_entry, write_records
+from data_processing.common import parse_format_arguments, run_entry, write_records
 from finetune_chatmodel_demo.conversation.records import read_records
 
 
@@ -16,8 +16,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Copies every record that `validate_conversation` accepts, and prints the counts."""
     options = parse_format_arguments(arguments, __doc__, "pokemon_conversations.jsonl")
     records = read_records(options.path, "multi-turn", options.on_bad_record)
-    lengths = write_records(records, options.output)
-    print_report(records.bad_count, records.bad_messages, lengths, options.output)
+    write_records(records, options.output)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 BLOCK_BYTES = 1 << 20
+MAX_BAD_MESSAGES = 20
 _JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 _JSON_SPACE = " \t\r\n\ufeff"
 _SPACE_RUN = re.compile(f"[{_JSON_SPACE}]*")
@@ -22,6 +23,28 @@ _LONGEST_CUT_TOKEN = 16
 
 class RecordError(ValueError):
     """A data file or one of its records is not what was expected; says where, what and the remedy."""
+
+
+class SkipsBadRecords:
+    """What a reader counts and goes on after.
+
+    Attributes:
+        bad_count: Bad records since `forget_bad`.
+        bad_messages: What was wrong with the first of them (at most MAX_BAD_MESSAGES).
+    """
+
+    bad_count: int
+    bad_messages: list[str]
+
+    def forget_bad(self) -> None:
+        """Starts to count."""
+        self.bad_count, self.bad_messages = 0, []
+
+    def note_bad(self, message: str) -> None:
+        """Counts one more."""
+        self.bad_count += 1
+        if len(self.bad_messages) < MAX_BAD_MESSAGES:
+            self.bad_messages.append(message)
 
 
 @dataclass(frozen=True)

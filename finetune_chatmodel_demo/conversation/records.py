@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune_chatmodel_demo.conversation.json_files import JSONFile, Located, RecordError
+from finetune_chatmodel_demo.conversation.json_files import JSONFile, Located, RecordError, SkipsBadRecords
 
 __all__ = [
     "STAGE_KINDS",
@@ -55,7 +55,6 @@ ROLE_ALIASES = {
 }
 OPTIONAL_KEYS = ("tools", "loss")
 KNOWN_KEYS = frozenset(KEY_ALIASES) | frozenset(OPTIONAL_KEYS) | {"metadata", "column"}
-MAX_BAD_MESSAGES = 20
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +84,7 @@ def read_records(
     return RecordFile(Path(path), kind, on_bad_record)
 
 
-class RecordSource:
+class RecordSource(SkipsBadRecords):
     """The validated records of one place. Iterate as often as needed; each pass reads it anew.
 
     A subclass yields what the place holds (`_read`), names places (`where`), and may turn a row into a record
@@ -94,13 +93,11 @@ class RecordSource:
     Attributes:
         path: The file, or the name of what is no file.
         kind: What the records are.
-        bad_count: Bad records that the latest pass skipped.
-        bad_messages: What was wrong with the first of them (at most MAX_BAD_MESSAGES).
     """
 
     def __init__(self, path: Path, kind: str, on_bad_record: str):
         self.path, self.kind, self.on_bad_record = path, kind, on_bad_record
-        self.bad_count, self.bad_messages = 0, []
+        self.forget_bad()
         self._seen_keys: set[str] = set(KNOWN_KEYS)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -109,7 +106,7 @@ class RecordSource:
 
     def iterate_located(self) -> Iterator[Located]:
         """Like iterating, with the number and the line of each record."""
-        self.bad_count, self.bad_messages = 0, []
+        self.forget_bad()
         good_count = 0
         for located in self._read():
             where = self.where(located.number, located.line)
@@ -121,9 +118,7 @@ class RecordSource:
             except RecordError as error:
                 if self.on_bad_record == "error":
                     raise
-                self.bad_count += 1
-                if len(self.bad_messages) < MAX_BAD_MESSAGES:
-                    self.bad_messages.append(str(error))
+                self.note_bad(str(error))
                 continue
             good_count += 1
             self._warn_of_near_misses(record, where)
