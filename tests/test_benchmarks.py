@@ -173,6 +173,7 @@ def test_gpu_report_on_the_cpu(tmp_path):
     assert [run.get("error") for run in runs] == [None] * 9
     # Random weights know nothing: the loss is about the logarithm of the vocabulary of 512.
     assert all(run["loss"] == pytest.approx(np.log(512), rel=0.25) and run["planned_gib"] > 0 for run in runs)
+    assert results["packed"]["flex_attention"] is False
     assert results["decoding"]["replies_differ"]
     assert results["grouped_keys"]["largest_difference"] < 0.05
     assert report["plan_against_measured"] == {"settings": {}, "all_within_10_percent": None}
@@ -186,6 +187,19 @@ def test_a_failed_section_is_reported_and_the_rest_goes_on(monkeypatch):
     report = bench_gpu.main([*SMALL_GPU, "--sections", "ptuning,matmul"])
     assert report["results"]["ptuning"]["error"] == "OutOfMemoryError: no memory"
     assert report["results"]["matmul"]["teraflops"] > 0
+
+
+def test_a_stopped_gpu_benchmark_leaves_what_it_measured(monkeypatch, tmp_path):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(bench_gpu.RUNS, "lora", stop)
+    output = tmp_path / "results" / "gpu.json"
+    with pytest.raises(KeyboardInterrupt):
+        bench_gpu.main([*SMALL_GPU, "--sections", "matmul,lora,packed", "--output", str(output)])
+    report = json.loads(output.read_text(encoding="utf-8"))
+    assert list(report["results"]) == ["matmul"] and report["results"]["matmul"]["teraflops"] > 0
+    assert [file.name for file in output.parent.iterdir()] == ["gpu.json"]
 
 
 def test_useful_operations_and_plans_of_a_gpu_report():

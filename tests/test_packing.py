@@ -197,7 +197,7 @@ def test_the_way_of_cuda_under_autocast(kind, monkeypatch):
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         expected = model(**pack(rows)).loss
         monkeypatch.setattr(packing, "_compiled_flex_attention", lambda: flex.flex_attention)
-        monkeypatch.setattr(packing, "_uses_flex", lambda *arguments: True)
+        monkeypatch.setattr(packing, "uses_flex", lambda *arguments: True)
         loss = model(**pack(rows)).loss
     assert loss.item() == pytest.approx(expected.item(), rel=0.01) and loss != expected
 

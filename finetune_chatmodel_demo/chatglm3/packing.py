@@ -120,10 +120,11 @@ class Packing:
         """(queries, prefix_length + queries), True where a query may look: the prefix and the text up to itself."""
         shape = (queries, prefix_length)
         if shape not in self._causal_masks:
+            keys = prefix_length + queries
             if device.type == "cuda":  # as in `Prefix.causal_mask`: the object picks a fused kernel
-                mask = causal_lower_right(queries, prefix_length + queries)
+                mask = causal_lower_right(queries, keys)
             else:
-                mask = torch.ones(queries, prefix_length + queries, dtype=torch.bool, device=device).tril_(prefix_length)
+                mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril_(prefix_length)
             self._causal_masks[shape] = mask
         return self._causal_masks[shape]
 
@@ -165,7 +166,7 @@ def packed_attention(
         )
     # In autocast, rotations in float32 (where the embeddings are) leave the values behind in half precision.
     query, key = query.to(value.dtype), key.to(value.dtype)
-    if dropout == 0 and _uses_flex(query, key, scaling):
+    if dropout == 0 and uses_flex(query, key, scaling):
         return _flex(module, query, key, value, packing, prefix, scaling)
     outputs = []
     for number, (start, end) in enumerate(packing.bounds):
@@ -225,7 +226,8 @@ def _compiled_flex_attention() -> Any:
     return torch.compile(flex_attention, fullgraph=True)
 
 
-def _uses_flex(query: torch.Tensor, key: torch.Tensor, scaling: float | None) -> bool:
+def uses_flex(query: torch.Tensor, key: torch.Tensor, scaling: float | None) -> bool:
+    """Whether one FlexAttention kernel computes packed rows of such tensors."""
     if not query.is_cuda:  # on a CPU it has no backward pass
         return False
     in_autocast = torch.is_autocast_enabled(query.device.type)

@@ -12,7 +12,8 @@ Sections (--sections a,b,c):
     decoding       with the prefix against without
     grouped_keys   attention with repeated keys against `enable_gqa`, an option that is not in use
 
-A section that fails is reported as its error, and the others go on. `--device cpu --small` shows that the program runs.
+A section that fails is reported as its error, and the others go on. --output is written after every section: what was
+measured stays where the program is stopped. `--device cpu --small` shows that the program runs.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmark_helpers import describe_machine, prepare_threads, publish
+from benchmark_helpers import describe_machine, prepare_threads, publish, write_report
 
 if TYPE_CHECKING:
     import torch
@@ -70,25 +71,30 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             report["results"][section] = {"skipped": f"{LAST_START_SECONDS} seconds were over"}
         else:
             report["results"][section] = guarded(lambda s=section: RUNS[s](options, config, report["results"]))
-    report["plan_against_measured"] = compare_plans(report["results"])
-    report["seconds"] = round(time.perf_counter() - started, 1)
+        report["plan_against_measured"] = compare_plans(report["results"])
+        report["seconds"] = round(time.perf_counter() - started, 1)
+        write_report(report, options.output)
     publish(report, options.output)
     return report
 
 
 def guarded(action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The result of a section with its seconds, or its error; the GPU's memory is free afterwards."""
-    import torch
-
     started = time.perf_counter()
     try:
         result = action()
     except Exception as error:  # whatever went wrong, the other sections are still worth measuring
         result = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
+    _free_memory()
+    return result | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+def _free_memory() -> None:
+    import torch
+
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return result | {"seconds": round(time.perf_counter() - started, 1)}
 
 
 def make_config(options: argparse.Namespace) -> "ChatGLM3Config":
@@ -196,6 +202,7 @@ def measure_steps(
     optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
     batch = make_batch(options, config, plan.get("segments", 0))
     seconds, is_cuda = [], options.device == "cuda"
+    _free_memory()  # what making the model left behind would count as reserved: 12 GB where it was quantized
     for step in range(options.steps + 2):
         if step == 2:  # the first compiles kernels, the second meets the optimizer's state
             _reset_peak(is_cuda)
@@ -308,7 +315,14 @@ def run_lora(options: argparse.Namespace, config: "ChatGLM3Config", results: dic
 
 
 def run_packed(options: argparse.Namespace, config: "ChatGLM3Config", results: dict[str, Any]) -> dict[str, Any]:
-    """Packed rows with a prefix: tokens per second, and the share of the matrix peak that is useful work."""
+    """Packed rows with a prefix: tokens per second, and the share of the matrix peak that is useful work.
+
+    `flex_attention` says whether one kernel computed the row, or (false) each conversation was computed by itself.
+    """
+    import torch
+
+    from finetune_chatmodel_demo.chatglm3.packing import uses_flex
+
     model = build_model(options, config)
     model.add_prefix(options.prefix)
     plan = {"pre_seq_len": options.prefix, "segments": options.conversations}
@@ -322,6 +336,12 @@ def run_packed(options: argparse.Namespace, config: "ChatGLM3Config", results: d
             run["share_of_matrix_peak"] = round(run["teraflops"] / peak, 4) if peak else None
             run["is_half_of_it"] = bool(peak and run["teraflops"] >= WANTED_SHARE_OF_PEAK * peak)
         found[policy] = run
+    heads, groups = (
+        torch.zeros(1, count, 1, config.kv_channels, dtype=torch.bfloat16, device=options.device)
+        for count in (config.num_attention_heads, config.multi_query_group_num)
+    )
+    with torch.autocast(options.device, dtype=torch.bfloat16):
+        found["flex_attention"] = uses_flex(heads, groups, config.kv_channels**-0.5)
     return found
 
 

@@ -149,8 +149,18 @@ def forget_memory_peak() -> None:
 
 def publish(report: dict[str, Any], output: Path | None) -> None:
     """Prints the report as JSON, and writes it to `output` if given."""
-    text = json.dumps(report, indent=2, ensure_ascii=False)
-    print(text)
+    print(_as_json(report))
+    write_report(report, output)
+
+
+def write_report(report: dict[str, Any], output: Path | None) -> None:
+    """Writes the report to `output` if given; what was there is replaced in one step."""
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(text + "\n", encoding="utf-8")
+        unfinished = output.with_name(f"{output.name}.part")
+        unfinished.write_text(_as_json(report) + "\n", encoding="utf-8")
+        unfinished.replace(output)
+
+
+def _as_json(report: dict[str, Any]) -> str:
+    return json.dumps(report, indent=2, ensure_ascii=False)
