@@ -257,9 +257,9 @@ def _works_in_flex(
             torch.zeros(1, count, tokens, channels, device=device, dtype=dtype, requires_grad=True)
             for count, tokens in ((heads, 250), (groups, 250 + 2 * length), (groups, 250 + 2 * length))
         )
-        with torch.autocast(device.type, dtype=dtype if in_autocast else None, enabled=in_autocast):
-            output = _attend(query, key, value, packing.block_mask(2, length, device), scaling)
-        output.sum().backward()
+        half = torch.autocast(device.type, dtype=dtype if in_autocast else None, enabled=in_autocast)
+        with torch.cuda.device(device if device.type == "cuda" else -1), half:  # threads begin on the first GPU
+            _attend(query, key, value, packing.block_mask(2, length, device), scaling).sum().backward()
 
     try:
         # In a thread of its own: gradient checkpointing would count these tensors among the layer's.
