@@ -25,6 +25,7 @@ from finetune_chatmodel_demo.chatglm3 import (
     is_prefix_checkpoint,
     load_model,
     load_prefix,
+    loading,
     read_prefix_config,
     save_prefix,
 )
@@ -126,6 +127,15 @@ def test_reads_safetensors_of_every_dtype(golden, base_outputs, tmp_path, dtype,
         logits = model(base_outputs["single_input_ids"]).logits
     relative = (logits.float() - base_outputs["single_logits"]).norm() / base_outputs["single_logits"].norm()
     assert relative < {torch.float16: 5e-3, torch.bfloat16: 4e-2, torch.float32: 1e-6}[dtype]
+
+
+def test_a_gpu_that_only_emulates_bfloat16_gets_float16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert loading._dtype(None, torch.device("cuda")) == torch.float16
+    assert loading._dtype("auto", torch.device("cuda")) == "auto"
+    assert loading._dtype(None, torch.device("cpu")) == torch.float32
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert loading._dtype(None, torch.device("cuda")) == torch.bfloat16
 
 
 def test_auto_classes_need_no_remote_code(golden, base_outputs):

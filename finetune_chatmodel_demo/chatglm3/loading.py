@@ -112,7 +112,7 @@ def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype
         return dtype
     if device.type != "cuda":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def _quantization(bits: int, dtype: torch.dtype | str) -> BitsAndBytesConfig:

@@ -22,7 +22,7 @@ from finetune_chatmodel_demo.training.replies import (
 from finetune_chatmodel_demo.training.run_trainer import RunTrainer
 from finetune_chatmodel_demo.training.settings import Settings
 
-# FlexAttention compiles a kernel for each length; a few lengths are enough.
+# A multiple of FlexAttention's block, so that rows come in few lengths.
 CUDA_PACKED_MULTIPLE = 256
 
 
