@@ -476,6 +476,7 @@ def test_the_tables_hold_no_flag_of_our_own():
         (["--stage", "SFT"], "did you mean sft?"),
         (["--finetuning_type", "lorra"], "did you mean lora?"),
         (["--stage", "kto"], r"invalid choice: 'kto' \(choose from"),
+        (["--gradient_checkpointing", "maybe"], "'maybe' is none of none, mlp, full"),
         (["--lora_ranck", "8"], "unknown argument '--lora_ranck'; did you mean --lora_rank?"),
     ],
 )

@@ -1,6 +1,8 @@
 """Training: flags and settings, the order of rows, whole checkpoints, and real runs of a small model on the CPU."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -159,8 +161,9 @@ def test_a_gpu_turns_on_bf16_and_gradient_checkpointing(monkeypatch):
         ({"quantization_bit": 4}, "--quantization_bit 4 cannot train all parameters"),
         ({"deepspeed": "{"}, "--deepspeed { is not a DeepSpeed configuration"),
         ({"deepspeed": "{}", "do_eval": True}, "--deepspeed shares out what training needs"),
-        ({"deepspeed": "nowhere.json"}, "--deepspeed nowhere.json does not exist"),
-        ({"ptuning_checkpoint": "/nowhere"}, "--ptuning_checkpoint /nowhere is not a folder"),
+        ({"deepspeed": "nowhere.json"}, "--deepspeed nowhere.json does not exist (the current folder is "),
+        ({"ptuning_checkpoint": "/nowhere"}, "--ptuning_checkpoint /nowhere is not a folder with a config.json; "),
+        ({"learning_rate": -0.02}, "--learning_rate is -0.02; it must be 0 or more"),
         ({"fp16": True}, "--fp16 needs a GPU"),
         ({"fp16": True, "bf16": True}, "--bf16 and --fp16 exclude each other"),
         ({"eval_strategy": "steps"}, "evaluation needs --validation_file"),
@@ -485,6 +488,54 @@ def test_models_that_cannot_be_loaded_are_explained(prefix_run, model, data, tmp
     assert train(tmp_path / "broken", data, tmp_path / "o") == 1
     assert str(tmp_path / "broken") in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
+
+
+def replace_in(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+
+
+def split_weights(folder: Path) -> None:
+    """Three shards and their index, of which the second is missing."""
+    load_model(folder).save_pretrained(folder, max_shard_size="20KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    sorted(folder.glob("model-*.safetensors"))[1].unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (split_weights, "files that model.safetensors.index.json names: model-00002-of-"),
+        (lambda f: replace_in(f / "config.json", model_type="llama"), "model_type is 'llama'"),
+        (lambda f: replace_in(f / "config.json", padded_vocab_size=64), "ids, the model only 64; put"),
+        (lambda f: (f / "config.json").write_text('{"a": '), "config.json is not JSON"),
+        (lambda f: (f / "config.json").write_text("[]"), "config.json holds a list"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"x" * 50), "(50 bytes) is not a whole safetensors file"),
+        (lambda f: os.truncate(f / "model.safetensors", 20_000), "model.safetensors has 20,000 bytes, and its"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"version https://git-lfs"), "is a git-lfs pointer of 23"),
+        (lambda f: (f / "tokenizer.model").write_bytes(b"hello"), "is not a SentencePiece model"),
+    ],
+)
+def test_damaged_model_folders_are_named_before_weights_are_read(model, data, tmp_path, damage, message, capsys):
+    folder = tmp_path / "base"
+    shutil.copytree(model, folder)
+    damage(folder)
+    assert train(folder, data, tmp_path / "o") == 1
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert str(folder) in shown
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_name_that_neither_disk_nor_hub_knows_is_explained(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert train("no/model", data, tmp_path / "o") == 1
+    assert "--model_name_or_path no/model: there is no such folder, and as a name" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_learning_rate_without_its_minus_is_pointed_out(model, data, tmp_path):
+    argv = flags(model, data, tmp_path / "o", learning_rate="2e2")
+    assert any("--learning_rate is 200, and 2e-2" in notice for notice in decide(argv).notices)
 
 
 def test_the_checkpoint_that_a_run_continues_from_may_be_removed_by_it(model, data, tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_chatmodel_demo.generation.errors import UsageError
+from finetune_chatmodel_demo.generation.model_files import check_model_folder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Tried in this order when neither --model nor the checkpoint names a base model.
@@ -99,6 +100,7 @@ def find_model(path: str | None, base_model: str | None, checkpoint: Path | None
 def _check_model(path: str, notices: list[str]) -> str:
     folder = Path(path)
     if not folder.is_dir() or holds_model(folder):
+        check_model_folder(folder)
         return path
     kind = kind_of_checkpoint(folder)
     if kind is not None:

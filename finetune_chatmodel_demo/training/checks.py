@@ -12,6 +12,8 @@ import torch
 
 from finetune_chatmodel_demo.conversation.arguments import DataArguments
 from finetune_chatmodel_demo.conversation.stage_data import check_flags
+from finetune_chatmodel_demo.generation.errors import UsageError
+from finetune_chatmodel_demo.generation.model_files import check_model_folder
 from finetune_chatmodel_demo.training.arguments import (
     FREEZE,
     FULL,
@@ -86,13 +88,20 @@ def check_files(
                 "the weights"
             )
         notices.append(f"there is no folder {folder.absolute()}: {folder} is taken for a name on the hub")
+    try:
+        check_model_folder(folder)
+    except UsageError as error:
+        raise SettingsError(f"--model_name_or_path: {error}") from error
     if given.get("output_dir"):
         _check_output(Path(str(given["output_dir"])))
     elif not given.get("overfit_check"):
         raise SettingsError("--output_dir is missing: the folder for checkpoints and the result")
     deepspeed = given.get("deepspeed")
     if deepspeed and isinstance(deepspeed, str) and deepspeed[0] != "{" and not Path(deepspeed).is_file():
-        raise SettingsError(f"--deepspeed {deepspeed} does not exist")
+        raise SettingsError(
+            f"--deepspeed {deepspeed} does not exist (the current folder is {Path.cwd()}); "
+            "finetune_chatmodel_demo/configs has ds_zero2.json, ds_zero3.json and both with _offload"
+        )
 
 
 def _check_output(folder: Path) -> None:
@@ -143,7 +152,10 @@ def check_settings(settings: "Settings") -> None:
 def _check_method(settings: "Settings") -> None:
     model, method, given = settings.model, settings.method, settings.given
     if model.ptuning_checkpoint and not (Path(model.ptuning_checkpoint) / "config.json").is_file():
-        raise SettingsError(f"--ptuning_checkpoint {model.ptuning_checkpoint} is not a folder with a config.json")
+        raise SettingsError(
+            f"--ptuning_checkpoint {model.ptuning_checkpoint} is not a folder with a config.json; "
+            "give the --output_dir of a finished run of P-Tuning v2, or leave the flag out for a new prefix"
+        )
     if model.pre_seq_len is not None and model.pre_seq_len < 1:
         raise SettingsError(f"--pre_seq_len is {model.pre_seq_len}; give a length of 1 or more, e.g. 128")
     if model.prefix_init_std <= 0:

@@ -132,7 +132,10 @@ def read_checkpointing(value: str) -> bool | str:
     from transformers.hf_argparser import string_to_bool
 
     named = {"none": False, "full": True, "mlp": "mlp"}
-    return named[value] if value in named else string_to_bool(value)
+    try:
+        return named[value] if value in named else string_to_bool(value)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{value!r} is none of none, mlp, full (or False, True)") from error
 
 
 def _names(action: argparse.Action) -> list[str]:

@@ -20,12 +20,12 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
-from finetune_chatmodel_demo.chatglm3.loading import load_tokenizer
 from finetune_chatmodel_demo.conversation.arguments import DataArguments
 from finetune_chatmodel_demo.conversation.grouping import GroupedRows
 from finetune_chatmodel_demo.conversation.registry import choose_entries, find_dataset_dir, read_registry
 from finetune_chatmodel_demo.conversation.stage_data import build_stage_data
 from finetune_chatmodel_demo.training.arguments import SettingsError
+from finetune_chatmodel_demo.training.base_model import load_base_tokenizer
 from finetune_chatmodel_demo.training.checkpoints import hash_file
 from finetune_chatmodel_demo.training.sampling import order_rows
 from finetune_chatmodel_demo.training.settings import Settings, decide_settings
@@ -178,7 +178,7 @@ def replay(path: str | Path) -> list[str]:
     """
     manifest = read_run_manifest(path)
     settings = decide_settings(dict(manifest["options"]) | {"overwrite_output_dir": True})
-    tokenizer = load_tokenizer(settings.model.model_name_or_path)
+    tokenizer = load_base_tokenizer(settings.model.model_name_or_path)
     try:
         data = build_stage_data(settings.data, settings.stage.stage, tokenizer, settings.training.seed)
     except ValueError as error:

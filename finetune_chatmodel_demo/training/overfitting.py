@@ -19,11 +19,11 @@ import torch
 from torch import nn
 from transformers import set_seed
 
-from finetune_chatmodel_demo.chatglm3.loading import load_tokenizer
 from finetune_chatmodel_demo.conversation.collating import PadCollator
 from finetune_chatmodel_demo.conversation.records import RecordError
 from finetune_chatmodel_demo.conversation.stage_data import build_stage_data
 from finetune_chatmodel_demo.training.arguments import FREEZE, FULL, LORA, P_TUNING, SettingsError
+from finetune_chatmodel_demo.training.base_model import load_base_tokenizer
 from finetune_chatmodel_demo.training.methods import prepare_model
 from finetune_chatmodel_demo.training.replies import Reply, find_replies, is_reproduced, write_replies
 from finetune_chatmodel_demo.training.report import uses_checkpointing
@@ -87,7 +87,7 @@ def run_overfit_check(settings: Settings) -> bool:
     from finetune_chatmodel_demo.training.overfitting_report import publish_report
 
     set_seed(settings.training.seed)
-    tokenizer = load_tokenizer(settings.model.model_name_or_path)
+    tokenizer = load_base_tokenizer(settings.model.model_name_or_path)
     rows = _read_rows(settings, tokenizer)
     count = min(settings.run.overfit_check, len(rows))
     stops = tokenizer.stop_token_ids

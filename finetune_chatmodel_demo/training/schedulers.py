@@ -8,6 +8,7 @@ The schedules themselves are transformers'; test_outputs.py holds their curves t
 import difflib
 import inspect
 import json
+import math
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ FILLED_IN = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"
 WITHOUT_WARMUP = (SchedulerType.CONSTANT, SchedulerType.REDUCE_ON_PLATEAU)
 # ReduceLROnPlateau's own default.
 DEFAULT_PATIENCE = 10
+# The largest rate of any run here is 0.15, of the quickstart's prefix.
+LIKELY_TYPO = 1.0
 
 
 def read_options(text: Any) -> dict[str, Any] | None:
@@ -63,6 +66,7 @@ def check_scheduler(training: TrainingArguments, given: dict[str, object], notic
             close = difflib.get_close_matches(option, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(known) or 'none'}"
             raise SettingsError(f"--lr_scheduler_kwargs: {name.value} has no option {option!r}; {hint}")
+    _check_rate(training.learning_rate)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=training.learning_rate)
     try:
         get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=10, scheduler_specific_kwargs=options)
@@ -71,6 +75,11 @@ def check_scheduler(training: TrainingArguments, given: dict[str, object], notic
             f"--lr_scheduler_type {name.value} with --lr_scheduler_kwargs {options}: {error}"
         ) from error
     notices += _describe_surprises(name, options, training, given)
+
+
+def _check_rate(rate: float) -> None:
+    if not 0 <= rate < math.inf:
+        raise SettingsError(f"--learning_rate is {rate:g}; it must be 0 or more, e.g. 2e-2 for P-Tuning v2")
 
 
 def list_options(name: SchedulerType) -> list[str]:
@@ -87,6 +96,11 @@ def _describe_surprises(
     name: SchedulerType, options: dict[str, Any], training: TrainingArguments, given: dict[str, object]
 ) -> list[str]:
     notices = []
+    if training.learning_rate >= LIKELY_TYPO:
+        notices.append(
+            f"--learning_rate is {training.learning_rate:g}, and 2e-2 (a prefix) or 1e-4 is usual: is a minus missing "
+            "in its exponent?"
+        )
     if name == SchedulerType.COSINE_WITH_RESTARTS and options.get("num_cycles", 1) == 1:
         notices.append(
             "cosine_with_restarts has one cycle unless told otherwise, which is cosine without a restart; "

@@ -7,10 +7,10 @@ from typing import Any
 
 from transformers import set_seed
 
-from finetune_chatmodel_demo.chatglm3.loading import load_tokenizer
 from finetune_chatmodel_demo.conversation.records import RecordError
 from finetune_chatmodel_demo.conversation.stage_data import StageData, build_stage_data
 from finetune_chatmodel_demo.training.arguments import SettingsError
+from finetune_chatmodel_demo.training.base_model import load_base_tokenizer
 from finetune_chatmodel_demo.training.callbacks import stopped_early
 from finetune_chatmodel_demo.training.checkpoints import (
     list_checkpoints,
@@ -57,7 +57,7 @@ def run_finetuning(settings: Settings) -> RunTrainer | None:
     """
     args = settings.training
     set_seed(args.seed)
-    tokenizer = load_tokenizer(settings.model.model_name_or_path)
+    tokenizer = load_base_tokenizer(settings.model.model_name_or_path)
     # Data first: its errors show before gigabytes of weights are read.
     data = _read_data(settings, tokenizer)
     if settings.run.dry_run:

@@ -1,0 +1,33 @@
+"""The base model's tokenizer, with errors that name the flag."""
+
+from pathlib import Path
+from typing import Any
+
+from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
+from finetune_chatmodel_demo.chatglm3.loading import load_tokenizer
+from finetune_chatmodel_demo.training.arguments import SettingsError
+
+
+def load_base_tokenizer(path: str) -> Any:
+    """The tokenizer of --model_name_or_path, once it is sure that the model has a row for each of its ids.
+
+    Raises:
+        SettingsError: it cannot be read, or belongs to another model.
+    """
+    try:
+        tokenizer = load_tokenizer(path)
+        rows = ChatGLM3Config.from_pretrained(path).padded_vocab_size
+    except (OSError, ValueError) as error:
+        where = "" if Path(path).is_dir() else "there is no such folder, and as a name on the hub: "
+        raise SettingsError(f"--model_name_or_path {path}: {where}{_first_line(error)}") from error
+    if tokenizer.vocab_size > rows:
+        raise SettingsError(
+            f"--model_name_or_path {path}: the tokenizer has {tokenizer.vocab_size} ids, the model only {rows}; "
+            "put the tokenizer.model there that belongs to the model"
+        )
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    """transformers explains a hub that cannot be reached in several lines, of which the first says it."""
+    return str(error).strip().partition("\n")[0]
