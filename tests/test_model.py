@@ -129,6 +129,22 @@ def test_reads_safetensors_of_every_dtype(golden, base_outputs, tmp_path, dtype,
     assert relative < {torch.float16: 5e-3, torch.bfloat16: 4e-2, torch.float32: 1e-6}[dtype]
 
 
+def test_a_float32_base_attends_in_half_precision_under_autocast(monkeypatch, golden):
+    """As without a prefix, whose attention autocast converts itself."""
+    seen = []
+
+    def attend(query, key, value, **options):
+        seen.append((query.dtype, key.dtype, value.dtype))
+        return scaled_dot_product_attention(query, key, value, **options)
+
+    scaled_dot_product_attention = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+    model = load(golden, "tiny_prefix")
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        model(torch.arange(1, 6)[None], use_cache=False)
+    assert set(seen) == {(torch.bfloat16,) * 3} and len(seen) == model.config.num_layers
+
+
 def test_a_gpu_that_only_emulates_bfloat16_gets_float16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     assert loading._dtype(None, torch.device("cuda")) == torch.float16

@@ -229,7 +229,7 @@ def test_rows_of_all_lengths_share_three_kernels():
 
 
 def test_training_and_evaluation_compile_four_times(monkeypatch):
-    """The trial, the first layer (whose queries need no gradient), all others, evaluation; PyTorch's limit is 8.
+    """Both rows of the trial, the first layer (whose queries need no gradient), evaluation; PyTorch's limit is 8.
 
     Without a compiler, on the CPU: counts what would be compiled.
     """
@@ -244,6 +244,7 @@ def test_training_and_evaluation_compile_four_times(monkeypatch):
     monkeypatch.setattr(packing, "_compiled_flex_attention", lambda: function)
     torch._dynamo.reset()
     assert packing._works_in_flex.__wrapped__(CPU, torch.bfloat16, 4, 2, 16, 0.25, True)
+    assert len(compiled) == 2
     for number, row in enumerate(random_rows(12)):
         is_training = number % 4 < 3
         copies = len(row.lengths) if is_training else 1  # dropout gives each conversation its own

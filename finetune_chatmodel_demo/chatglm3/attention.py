@@ -95,6 +95,9 @@ def sdpa_with_prefix(
         return packed_attention(module, query, key, value, packing, prefix, scale, dropout), None
     if prefix is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    # Under autocast, embeddings in float32 make queries and keys of float32. Behind CUDA's mask object no autocast
+    # would convert them, and there is no flash kernel for float32.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     key, value = prefix.put_in_front(module.layer_idx, key, value)
     if attention_mask is not None:
         mask = prefix.open_columns(attention_mask)

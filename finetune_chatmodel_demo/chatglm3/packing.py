@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 BLOCK = 128  # queries, and keys, that FlexAttention computes or leaves out together
 # In 2.6 compiled backward passes fail (github.com/pytorch/pytorch/issues/146260), and so do dynamic shapes (147756).
 FIRST_FLEX_VERSION = "2.7"
+# The second differs in every length, so that it is compiled for all lengths that come.
+TRIAL_ROWS = ((150, 100), (300, 90, 20))
 
 
 class Packing:
@@ -244,27 +246,28 @@ def _works_in_flex(
     scaling: float | None,
     in_autocast: bool,
 ) -> bool:
-    """Whether FlexAttention computes such tensors, forward and backward; tried once, on a short row.
+    """Whether FlexAttention computes such tensors, forward and backward; tried once, on short rows.
 
     It needs Triton, a C compiler, at least 16 channels, and a GPU with enough shared memory for them.
     """
     if torch.__version__ < FIRST_FLEX_VERSION:
         return False
 
-    def attempt() -> None:
-        packing, length = Packing((150, 100)), 24
+    def attempt(lengths: tuple[int, ...]) -> None:
+        packing, tokens, copies, length = Packing(lengths), sum(lengths), len(lengths), 24
         query, key, value = (
-            torch.zeros(1, count, tokens, channels, device=device, dtype=dtype, requires_grad=True)
-            for count, tokens in ((heads, 250), (groups, 250 + 2 * length), (groups, 250 + 2 * length))
+            torch.zeros(1, count, positions, channels, device=device, dtype=dtype, requires_grad=True)
+            for count, positions in ((heads, tokens), *[(groups, tokens + copies * length)] * 2)
         )
         half = torch.autocast(device.type, dtype=dtype if in_autocast else None, enabled=in_autocast)
         with torch.cuda.device(device if device.type == "cuda" else -1), half:  # threads begin on the first GPU
-            _attend(query, key, value, packing.block_mask(2, length, device), scaling).sum().backward()
+            _attend(query, key, value, packing.block_mask(copies, length, device), scaling).sum().backward()
 
     try:
         # In a thread of its own: gradient checkpointing would count these tensors among the layer's.
         with ThreadPoolExecutor(1) as threads:
-            threads.submit(attempt).result()
+            for lengths in TRIAL_ROWS:
+                threads.submit(attempt, lengths).result()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever is missing or does not fit, there is another way
