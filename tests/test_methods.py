@@ -211,11 +211,9 @@ def test_rows_are_trained_while_they_are_read_and_a_resumed_run_sees_the_same(st
         file = tmp_path / "texts.jsonl"
         file.write_text("".join(json.dumps({"text": f"皮卡丘的属性是电{'。' * i}"}) + "\n" for i in range(40)))
     options = {"stage": stage, "pre_seq_len": 4, "streaming": True, "buffer_size": 8, "max_seq_length": 64}
-    for name, steps in (("a", 20), ("b", 14), ("b", 20)):  # 24 rows: the resumed run goes on in its second epoch
-        flags = {"max_steps": steps, "save_steps": 7, "lr_scheduler_type": "constant", "resume_from_checkpoint": True}
-        assert train(model, file, tmp_path / name, **options, **flags) == 0
-    first, second = (load_file(tmp_path / name / "prefix_encoder.safetensors") for name in "ab")
-    assert torch.equal(first["embedding.weight"], second["embedding.weight"])
+    # 24 rows: the resumed run goes on in its second epoch, at step 14.
+    options |= {"max_steps": 20, "save_steps": 7, "lr_scheduler_type": "constant"}
+    assert_resumes_to_the_same_weights(model, file, tmp_path, "prefix_encoder.safetensors", **options)
     first, second = ([e["loss"] for e in read_log(tmp_path / name) if "loss" in e] for name in "ab")
     assert first == second
     assert first[-1] < first[0]

@@ -99,6 +99,7 @@ def test_the_flag_takes_policies_and_truth_values(value, expected):
     assert parse_given(["--gradient_checkpointing", value])[0] == {"gradient_checkpointing": expected}
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_run_with_each_policy(model, data, tmp_path, capsys):
     for policy, text in (("none", "off"), ("mlp", "of MLPs"), ("full", "on")):
         assert train(model, data, tmp_path / policy, pre_seq_len=4, gradient_checkpointing=policy) == 0

@@ -108,11 +108,12 @@ def train(model: Path, data: Path, output: Path, **options: object) -> int:
 def assert_resumes_to_the_same_weights(
     model: Path, data: Path, folder: Path, file: str, **options: object
 ) -> dict[str, torch.Tensor]:
-    """Trains six steps, takes the last three away from a copy, and goes on there.
+    """Trains, takes the last checkpoint and the result away from a copy of the run, and goes on there.
 
     Args:
         folder: gets the whole run as `a` and the resumed one as `b`.
         file: of the weights, which both runs end with.
+        options: of the run; default: six steps, saved after three and at the end.
 
     Returns:
         These weights.
@@ -121,9 +122,10 @@ def assert_resumes_to_the_same_weights(
     whole, cut = folder / "a", folder / "b"
     assert train(model, data, whole, **options) == 0
     shutil.copytree(whole, cut)
-    checkpoints.remove_checkpoint(cut / "checkpoint-6")
-    (cut / file).unlink()
-    state = cut / "checkpoint-3" / "trainer_state.json"
+    checkpoints.remove_checkpoint(cut / f"checkpoint-{options['max_steps']}")
+    for result in (file, "trainer_state.json"):
+        (cut / result).unlink()
+    state = checkpoints.find_last_checkpoint(cut) / "trainer_state.json"
     written = state.stat().st_mtime_ns
     assert train(model, data, cut, resume_from_checkpoint=True, **options) == 0
     assert state.stat().st_mtime_ns == written  # it did not start anew
