@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
+from conftest import REPOSITORY
 from safetensors.torch import save_file
 
 from THUDM import check_download
@@ -18,7 +19,6 @@ from THUDM.check_download import check_folder
 from THUDM.download_files import file_digest, find_recorded, read_checksums, read_pointer
 from THUDM.download_report import FAIL, NOTE, OK, Report, format_size
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 BIN = "pytorch_model-0000{}-of-00002.bin"
 SAFE = "model-0000{}-of-00002.safetensors"
 

@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from conftest import REPOSITORY
 from training_helpers import make_model
 
 from finetune_chatmodel_demo import finetune
@@ -16,7 +17,6 @@ from finetune_chatmodel_demo.training import foreign_flags, pasted
 from finetune_chatmodel_demo.training.arguments import SettingsError
 from finetune_chatmodel_demo.training.command_line import OWN_ARGUMENTS, build_parser, parse_given
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 # The command of the users' document, character by character: comments and blanks behind its backslashes included.
 DOCUMENT = r"""
 CUDA_VISIBLE_DEVICES=0 python src/train_bash.py \

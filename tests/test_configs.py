@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import REPOSITORY
 from training_helpers import read_log
 
 from finetune_chatmodel_demo import finetune
@@ -13,7 +14,6 @@ from finetune_chatmodel_demo.conversation.registry import choose_entries, find_d
 from finetune_chatmodel_demo.training.command_line import build_parser, parse_given
 from finetune_chatmodel_demo.training.settings import Settings, decide_settings
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIGS = REPOSITORY / "finetune_chatmodel_demo" / "configs"
 METHODS = ("ptuning", "lora", "freeze", "full")
 STAGE_METHODS = [(stage, method) for stage in ("pt", "sft", "dpo", "ppo") for method in METHODS]

@@ -4,10 +4,10 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from adapter_helpers import make_adapter
+from conftest import REPOSITORY
 from conversation_helpers import message, write_jsonl
 
 from finetune_chatmodel_demo import evaluate
@@ -23,7 +23,6 @@ from finetune_chatmodel_demo.evaluation.exact_match import (
 from finetune_chatmodel_demo.generation.batch import generate_batch
 
 CAP = 12
-REPOSITORY = Path(__file__).resolve().parents[1]
 CSV = REPOSITORY / "data_processing" / "data.csv"
 KANTO = REPOSITORY / "data_processing" / "templates" / "pokemon_kanto.yaml"
 

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO = "finetune_chatmodel_demo"
 PRE_SEQ_LEN = 4
 STEPS = 2

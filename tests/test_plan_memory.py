@@ -5,9 +5,9 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import REPOSITORY
 from training_helpers import train, write_conversations
 
 from finetune_chatmodel_demo import plan_memory
@@ -17,7 +17,6 @@ from finetune_chatmodel_demo.training.remedies import find_remedies, read_gpu_me
 from finetune_chatmodel_demo.training.run_plan import make_plan
 from finetune_chatmodel_demo.training.zero_config import read_zero
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIGS = REPOSITORY / "finetune_chatmodel_demo" / "configs"
 GB = 10**9
 PARAMETERS = 6_243_584_000

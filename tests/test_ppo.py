@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import REPOSITORY
 from safetensors.torch import load_file
 from training_helpers import decide, die_at, flags, read_log, train, write_conversations
 
@@ -23,7 +24,6 @@ from finetune_chatmodel_demo.training.stages import ppo_rollouts, ppo_settings, 
 from finetune_chatmodel_demo.training.stages.ppo_policy import ReplyRows, build_rows
 from finetune_chatmodel_demo.training.stages.ppo_watch import RolloutWatch
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 METHODS = {
     "lora": {"finetuning_type": "lora", "lora_dropout": 0.5, "learning_rate": 1e-2},
     "ptuning": {"finetuning_type": "ptuning", "pre_seq_len": 4, "learning_rate": 1e-2},

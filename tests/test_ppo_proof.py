@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import REPOSITORY
 from conversation_helpers import conversation, user, write_jsonl
 from training_helpers import flags
 
@@ -22,7 +23,6 @@ from finetune_chatmodel_demo.training.command_line import parse_given
 from finetune_chatmodel_demo.training.settings import decide_settings
 from finetune_chatmodel_demo.training.stages.ppo_rollouts import write_replies
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 DATASETS = REPOSITORY / "data_processing" / "datasets"
 SEEDS = (1, 2, 3)
 REPLY_TOKENS = 16

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import REPOSITORY
 from conversation_helpers import assistant, conversation, user, write_jsonl
 from training_helpers import flags, read_log, train, write_conversations
 
@@ -23,7 +24,6 @@ from finetune_chatmodel_demo.training import text_scores
 from finetune_chatmodel_demo.training.arguments import GenerationArguments, SettingsError
 from finetune_chatmodel_demo.training.prediction import choose_answer_length, run_prediction, take_last_reply
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 has_packages = all(importlib.util.find_spec(name) for name in text_scores.PACKAGES)
 needs_packages = pytest.mark.skipif(not has_packages, reason="jieba, nltk or rouge-chinese is not installed")
 

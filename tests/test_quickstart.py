@@ -6,10 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import REPOSITORY
 
 from scripts.check_requirements import find_missing
-
-REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def run_script(name: str, cwd: Path, **knobs: str) -> subprocess.CompletedProcess[str]:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from conftest import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 READMES = ("README.md", "README_zh.md")
 RUN, TREE = "<!-- run -->", "<!-- tree -->"
 FENCE = re.compile(r"^(```+)(\w*)\s*$")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 from conversation_helpers import assistant, conversation, user, write_jsonl
 
 from finetune_chatmodel_demo.conversation import datasets, row_store
@@ -13,8 +14,6 @@ from finetune_chatmodel_demo.conversation.arguments import DataArguments
 from finetune_chatmodel_demo.conversation.records import read_records
 from finetune_chatmodel_demo.conversation.rows import RowSettings
 from finetune_chatmodel_demo.conversation.stage_data import build_stage_data
-
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def write(path: Path, answers: list[str]) -> Path:

@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import REPOSITORY
 from training_helpers import losses, make_model, write_conversations
 
 from finetune_chatmodel_demo.training.command_line import parse_given
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 DEMO = REPOSITORY / "finetune_chatmodel_demo"
 
 # The original's defaults (its Pokémon descendant's LR is not kept, see finetune_ps_pt_m.sh).

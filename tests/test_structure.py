@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO = "finetune_chatmodel_demo"
 # From the top down: a room may import rooms of larger numbers; `conversation` and `chatglm3` do not know each other.
 LEVELS = {"data_processing": 0, "training": 1, "evaluation": 2, "generation": 3, "conversation": 4, "chatglm3": 4}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import REPOSITORY
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -15,7 +16,6 @@ from data_processing.template_reader import load_template
 from finetune_chatmodel_demo.chatglm3 import ChatGLM3ForCausalLM, ChatGLMTokenizer, load_model, load_tokenizer
 from finetune_chatmodel_demo.conversation.rendering import render_prompt
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 BUILD_PROGRAM = REPOSITORY / "THUDM" / "build_chatglm3_tiny.py"
 TEMPLATES = REPOSITORY / "data_processing" / "templates"
 sys.path.insert(0, str(BUILD_PROGRAM.parent))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import REPOSITORY
 from safetensors.torch import load_file
 from training_helpers import (
     assert_resumes_to_the_same_weights,
@@ -28,7 +29,6 @@ from finetune_chatmodel_demo.training.command_line import parse_given
 from finetune_chatmodel_demo.training.sampling import LengthGroupedBatches
 from finetune_chatmodel_demo.training.settings import decide_settings
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 PREFIX_FILES = {"prefix_encoder.safetensors", "pytorch_model.bin", "config.json"}
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_pictures")
