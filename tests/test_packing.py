@@ -192,14 +192,21 @@ def test_the_way_of_cuda_gives_the_same_output(copies, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["ptuning", "full"])
 def test_the_way_of_cuda_under_autocast(kind, monkeypatch):
-    """Float32 weights make float32 queries and keys and bfloat16 values, of which FlexAttention wants one kind."""
+    """Float32 weights make float32 queries and keys and bfloat16 values; older FlexAttention wants one dtype."""
+    seen = []
+
+    def attend(query, key, value, **options):
+        seen.append({query.dtype, key.dtype, value.dtype})
+        return flex.flex_attention(query, key, value, **options)
+
     model, rows = build(kind).eval(), make_rows()
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         expected = model(**pack(rows)).loss
-        monkeypatch.setattr(packing, "_compiled_flex_attention", lambda: flex.flex_attention)
+        monkeypatch.setattr(packing, "_compiled_flex_attention", lambda: attend)
         monkeypatch.setattr(packing, "uses_flex", lambda *arguments: True)
         loss = model(**pack(rows)).loss
-    assert loss.item() == pytest.approx(expected.item(), rel=0.01) and loss != expected
+    assert seen == [{torch.bfloat16}] * 2  # layers
+    assert loss.item() == pytest.approx(expected.item(), rel=0.01)
 
 
 def random_rows(count: int) -> list[Packing]:
