@@ -45,6 +45,16 @@ def poisoned(model, monkeypatch):
     monkeypatch.setattr(methods, "load_model", load_poisoned)
 
 
+def test_a_bad_loss_stops_the_run_and_names_the_row(model, broken, poisoned, tmp_path, capsys):
+    options = METHODS["ptuning"] | {"per_device_train_batch_size": 1, "max_steps": 24}
+    assert train(model, broken, tmp_path / "o", **options) == 1
+    error = capsys.readouterr().err
+    assert "the loss is nan at step" in error
+    assert f"row {BAD_ROW} (" in error
+    assert f"line {BAD_ROW + 1}" in error
+    assert not (tmp_path / "o" / "config.json").exists()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_row_is_named_among_those_of_a_step(method, model, broken, poisoned, tmp_path, capsys):
     options = METHODS[method] | {"per_device_train_batch_size": 1, "max_steps": 6}

@@ -163,6 +163,10 @@ def test_a_gpu_turns_on_bf16_and_gradient_checkpointing(monkeypatch):
         ({"deepspeed": "{}", "do_eval": True}, "--deepspeed shares out what training needs"),
         ({"deepspeed": "nowhere.json"}, "--deepspeed nowhere.json does not exist (the current folder is "),
         ({"ptuning_checkpoint": "/nowhere"}, "--ptuning_checkpoint /nowhere is not a folder with a config.json; "),
+        ({"per_device_train_batch_size": 0}, "--per_device_train_batch_size is 0; it must be at least 1"),
+        ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps is 0; it must be at least 1"),
+        ({"save_steps": 0}, "--save_steps is 0; it must be above 0"),
+        ({"num_train_epochs": 0}, "--num_train_epochs is 0; it must be above 0"),
         ({"learning_rate": -0.02}, "--learning_rate is -0.02; it must be 0 or more"),
         ({"fp16": True}, "--fp16 needs a GPU"),
         ({"fp16": True, "bf16": True}, "--bf16 and --fp16 exclude each other"),
@@ -428,30 +432,6 @@ def test_gradient_checkpointing_is_on_and_changes_nothing(model, data, tmp_path,
     assert_prefix_equal(tmp_path / "False", tmp_path / "True")
 
 
-def test_a_bad_loss_stops_the_run_and_names_the_row(model, data, tmp_path, monkeypatch, capsys):
-    lines = data.read_text(encoding="utf-8").splitlines()
-    lines[17] = lines[17].replace("皮卡丘", "喷火龙")
-    broken = tmp_path / "broken.jsonl"
-    broken.write_text("\n".join(lines), encoding="utf-8")
-    tokenizer = load_tokenizer(model)
-    rare = set(tokenizer.encode_text("喷火龙")) - set(tokenizer.encode_text("皮卡丘的属性是什么电属性的宝可梦"))
-    load = methods.load_model
-
-    def load_poisoned(*args, **kwargs):
-        loaded = load(*args, **kwargs)
-        loaded.model.embed_tokens.weight.data[sorted(rare)[-1]] = float("nan")
-        return loaded
-
-    monkeypatch.setattr(methods, "load_model", load_poisoned)
-    options = {"pre_seq_len": 4, "per_device_train_batch_size": 1, "max_steps": 24}
-    assert train(model, broken, tmp_path / "o", **options) == 1
-    error = capsys.readouterr().err
-    assert "the loss is nan at step" in error
-    assert "row 17 (" in error
-    assert "line 18" in error
-    assert not (tmp_path / "o" / "config.json").exists()
-
-
 def test_a_finished_run_is_not_continued(prefix_run, model, data, caplog):
     output, _, validation = prefix_run
     before = load_file(output / "prefix_encoder.safetensors")["embedding.weight"]
@@ -531,6 +511,19 @@ def test_a_name_that_neither_disk_nor_hub_knows_is_explained(data, tmp_path, mon
     assert train("no/model", data, tmp_path / "o") == 1
     assert "--model_name_or_path no/model: there is no such folder, and as a name" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
+
+
+def test_a_length_of_training_without_training_is_pointed_out(model, data, tmp_path):
+    expected = "--max_steps without --do_train True: nothing is trained; add it to train first"
+    for given, is_told in (({"do_predict": True}, True), ({"do_predict": True, "do_train": True}, False), ({}, False)):
+        argv = flags(model, data, tmp_path / "o", validation_file=data, max_steps=2, **given)
+        assert (expected in decide(argv).notices) == is_told
+
+
+def test_a_replay_of_nothing_is_explained(tmp_path, capsys):
+    assert finetune.main(["--replay", str(tmp_path / "nowhere")]) == 1
+    expected = f"finetune.py: error: --replay {tmp_path / 'nowhere'}: no such file; give the --output_dir of a run that"
+    assert capsys.readouterr().err == f"{expected} has trained\n"
 
 
 def test_a_learning_rate_without_its_minus_is_pointed_out(model, data, tmp_path):
