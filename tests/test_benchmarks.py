@@ -189,6 +189,17 @@ def test_a_failed_section_is_reported_and_the_rest_goes_on(monkeypatch):
     assert report["results"]["matmul"]["teraflops"] > 0
 
 
+def test_a_gpu_that_no_longer_answers_does_not_take_the_report_with_it(monkeypatch):
+    def fail():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(bench_gpu, "_free_memory", fail)
+    report = bench_gpu.main([*SMALL_GPU, "--sections", "matmul,ptuning"])
+    assert report["results"]["matmul"]["teraflops"] > 0
+    expected = "RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert [report["results"]["ptuning"][policy]["error"] for policy in bench_gpu.POLICIES] == [expected] * 3
+
+
 def test_a_stopped_gpu_benchmark_leaves_what_it_measured(monkeypatch, tmp_path):
     def stop(*arguments):
         raise KeyboardInterrupt

@@ -22,6 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +86,8 @@ def guarded(action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         result = action()
     except Exception as error:  # whatever went wrong, the other sections are still worth measuring
         result = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
-    _free_memory()
+    with suppress(RuntimeError):  # after an illegal access every call to the GPU fails: what was measured counts still
+        _free_memory()
     return result | {"seconds": round(time.perf_counter() - started, 1)}
 
 
