@@ -2,6 +2,8 @@
 
 import gc
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,30 @@ OFFICIAL_TOKENIZER_VARIABLE = "CHATGLM3_TOKENIZER"
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+HELP = """
+import runpy, sys
+program, *heavy = sys.argv[1:]
+sys.argv = [program, "--help"]
+try:
+    runpy.run_path(program, run_name="__main__")
+except SystemExit as end:
+    assert not end.code, end.code
+else:
+    raise AssertionError("--help went on")
+print(sorted(sys.modules.keys() & set(heavy)))
+"""
+
+
+def read_light_help(program: Path, folder: Path, *others: str) -> str:
+    """What `python PROGRAM --help` prints in `folder`; it must import no torch, no transformers, none of `others`."""
+    command = [sys.executable, "-c", HELP, program, "torch", "transformers", *others]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    *lines, imported = done.stdout.splitlines()
+    assert imported == "[]"
+    return "\n".join(lines)
 
 
 @pytest.fixture(scope="session")
