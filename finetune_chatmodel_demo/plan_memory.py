@@ -54,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
         for name in ("gpus", "rows", "row_tokens"):
             if getattr(options, name) is not None and getattr(options, name) < 1:
                 raise SettingsError(f"--{name} is {getattr(options, name)}; it must be at least 1")
+        if options.supervised is not None and options.supervised < 0:
+            raise SettingsError(f"--supervised is {options.supervised}; it must be 0 or more")
         return _plan(given, notices, options)
     except SettingsError as error:
         print(f"plan_memory.py: error: {error}", file=sys.stderr)

@@ -154,6 +154,10 @@ def test_every_settings_file_has_a_plan_or_a_reason(config, capsys):
         (["--model_name_or_path", "6b", "--gpu_memory", "RTX 9999"], "neither a number of GB nor one of"),
         (["--model_name_or_path", "6b", "--deepspeed", "missing.json"], "missing.json"),
         (["--model_name_or_path", "6b", "--gpus", "0"], "--gpus is 0"),
+        (["--model_name_or_path", "6b", "--pre_seq_len", "-1"], "--pre_seq_len is -1; it must be at least 1"),
+        (["--model_name_or_path", "6b", "--max_seq_length", "0"], "--max_seq_length is 0; it must be at least 1"),
+        (["--model_name_or_path", "6b", "--save_steps", "0"], "--save_steps is 0; it must be above 0"),
+        (["--model_name_or_path", "6b", "--supervised", "-1"], "--supervised is -1; it must be 0 or more"),
         (["--model_name_or_path", "6b", "--pre_seq_lenn", "8"], "did you mean --pre_seq_len?"),
     ],
 )

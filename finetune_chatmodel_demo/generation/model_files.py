@@ -26,12 +26,13 @@ def check_model_folder(folder: Path) -> None:
     """
     if not (folder / "config.json").is_file():
         return
-    _check_architecture(folder / "config.json")
+    check_architecture(folder / "config.json")
     for path in _weight_files(folder):
         _check_weights(path)
 
 
-def _check_architecture(path: Path) -> None:
+def check_architecture(path: Path) -> None:
+    """Raises UsageError for a config.json that cannot be read, or is another model's."""
     config = _read_mapping(path)
     found = config.get("model_type", MODEL_TYPE)
     if found != MODEL_TYPE:

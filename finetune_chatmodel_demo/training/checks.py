@@ -23,6 +23,7 @@ from finetune_chatmodel_demo.training.arguments import (
     SettingsError,
     StageArguments,
 )
+from finetune_chatmodel_demo.training.counts import check_counts
 from finetune_chatmodel_demo.training.evaluation_checks import check_evaluation, check_overfit_check
 from finetune_chatmodel_demo.training.zero_config import read_stage
 
@@ -138,6 +139,8 @@ def check_settings(settings: "Settings") -> None:
     Raises:
         SettingsError: for the first combination that cannot work.
     """
+    check_counts(settings.given)
+    _tell_of_no_training(settings)
     _check_method(settings)
     _check_stage(settings)
     _check_quantization(settings)
@@ -147,6 +150,12 @@ def check_settings(settings: "Settings") -> None:
     _check_streaming(settings)
     _check_packing(settings)
     check_overfit_check(settings)
+
+
+def _tell_of_no_training(settings: "Settings") -> None:
+    lengths = [flag for flag in ("max_steps", "num_train_epochs") if settings.given.get(flag)]
+    if lengths and not trains(settings.given):
+        settings.notices.append(f"--{lengths[0]} without --do_train True: nothing is trained; add it to train first")
 
 
 def _check_method(settings: "Settings") -> None:

@@ -193,6 +193,8 @@ def read_run_manifest(path: str | Path) -> dict[str, Any]:
         SettingsError: when there is none.
     """
     path = Path(path) / RUN_MANIFEST if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise SettingsError(f"--replay {path}: no such file; give the --output_dir of a run that has trained")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         manifest["options"], manifest["first_steps"]

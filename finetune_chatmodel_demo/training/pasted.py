@@ -82,7 +82,7 @@ def repair_arguments(argv: list[str], known: set[str]) -> tuple[list[str], list[
 def describe_lost_lines(given: dict[str, object]) -> str:
     """What else may be wrong where a run lacks its most important flags: a comment in front of a backslash, which the
     shell takes away together with it, leaves no other trace."""
-    if not given or given.get("model_name_or_path") or given.get("output_dir"):
+    if not given or given.get("model_name_or_path") or given.get("output_dir") or given.get("replay"):
         return ""
     return (
         ". Neither --model_name_or_path nor --output_dir arrived: in a command of several lines each but the last must "

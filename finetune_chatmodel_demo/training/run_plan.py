@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
+from finetune_chatmodel_demo.generation.model_files import check_architecture
 from finetune_chatmodel_demo.training.arguments import (
     FREEZE,
     FULL,
@@ -18,6 +19,7 @@ from finetune_chatmodel_demo.training.arguments import (
     MethodArguments,
     SettingsError,
 )
+from finetune_chatmodel_demo.training.counts import check_counts
 from finetune_chatmodel_demo.training.memory import GIB, MemoryPlan, plan_memory, weight_bytes
 from finetune_chatmodel_demo.training.parameter_counts import (
     count_adapter,
@@ -149,6 +151,7 @@ def shape_of(
             "there is no plan for stage ppo: the answers that it writes, its reward model and its reference decide its "
             "memory; start with the plan of --stage sft and add the weights of both models"
         )
+    check_counts(given)
     config = read_config(str(given.get("model_name_or_path") or ""))
     method = str(
         given.get("finetuning_type")
@@ -196,9 +199,10 @@ def read_config(path: str) -> ChatGLM3Config:
             "file, or the word 6b for ChatGLM3-6B"
         )
     try:
+        check_architecture(Path(path) / "config.json")
         return ChatGLM3Config.from_pretrained(path)
     except (ValueError, OSError) as error:
-        raise SettingsError(f"{path}/config.json: {error}") from error
+        raise SettingsError(f"--model_name_or_path: {error}") from error
 
 
 def _prefix_length(given: dict[str, Any]) -> int:
