@@ -20,6 +20,22 @@ fail() {
     exit 1
 }
 
+# check_knobs: numbers that are none, and knobs in lower case, which nothing would read.
+check_knobs() {
+    local name lower
+    for name in NUM_GPUS NNODES NODE_RANK DEV_BATCH_SIZE GRAD_ACCUMULATION_STEPS MAX_STEP SAVE_INTERVAL PRE_SEQ_LEN \
+        MAX_SEQ_LEN MAX_SOURCE_LEN MAX_TARGET_LEN; do
+        [[ ! ${!name:-} || ${!name} =~ ^[0-9]+$ ]] || fail "$name=${!name} is not a whole number; give one, or leave it out"
+    done
+    ((NUM_GPUS > 0)) || fail "NUM_GPUS=$NUM_GPUS: it is the number of processes, 1 or more"
+    for name in PRE_SEQ_LEN LR NUM_GPUS MAX_SEQ_LEN MAX_SOURCE_LEN MAX_TARGET_LEN DEV_BATCH_SIZE \
+        GRAD_ACCUMULATION_STEPS MAX_STEP SAVE_INTERVAL RUN_NAME DATASET_PATH VALIDATION_PATH BASE_MODEL_PATH \
+        OUTPUT_DIR DEEPSPEED_CONFIG; do
+        lower=$(printf '%s' "$name" | tr '[:upper:]' '[:lower:]')
+        [[ ! ${!lower:-} ]] || fail "$lower=${!lower} has no effect: knobs are written in capitals, $name=${!lower} (else: unset $lower)"
+    done
+}
+
 # resolve PATH: relative paths of inputs start at the repository, or at the current folder where only that has the file.
 resolve() {
     case $1 in
@@ -89,6 +105,7 @@ run_finetuning() {
         shift
     done
     shift
+    check_knobs
     local output_dir=$OUTPUT_DIR
     [[ $output_dir == /* ]] || output_dir=$REPOSITORY/$output_dir
 
@@ -121,5 +138,5 @@ run_finetuning() {
         "${command[@]}" "$@" || status=$?
         ((status == 0)) || say_how_to_continue "$status" "$output_dir"
         exit "$status"
-    } 2>&1 | tee -a "$output_dir/$log"
+    } 2>&1 | tee -i -a "$output_dir/$log" # -i: Ctrl-C ends the run, whose last words still arrive
 }

@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -245,6 +247,57 @@ def test_a_failed_run_fails_through_the_log(recorder):
     assert completed.returncode == 3
     assert "fake training" in completed.stdout
     assert "ended early" not in completed.stdout
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"NUM_GPUS": "one"}, "NUM_GPUS=one is not a whole number; give one, or leave it out"),
+        ({"NUM_GPUS": 0}, "NUM_GPUS=0: it is the number of processes, 1 or more"),
+        ({"MAX_STEP": "1e3"}, "MAX_STEP=1e3 is not a whole number"),
+        ({"lr": "1e-2"}, "lr=1e-2 has no effect: knobs are written in capitals, LR=1e-2 (else: unset lr)"),
+        (
+            {"dataset_path": "a.jsonl"},
+            "dataset_path=a.jsonl has no effect: knobs are written in capitals, DATASET_PATH=a.jsonl",
+        ),
+    ],
+)
+def test_knobs_that_cannot_work(recorder, knobs, message):
+    completed = recorder.run("finetune_pt.sh", **knobs)
+    assert completed.returncode == 1
+    assert f"finetune_pt.sh: error: {message}" in completed.stderr
+    assert not (recorder.repository / "output").exists()
+    assert not (recorder.folder / "record.json").exists()
+
+
+def test_the_last_words_of_an_interrupted_run_arrive(recorder):
+    program = recorder.folder / "waits.py"
+    program.write_text(
+        "import os, pathlib, sys, time\n"
+        "folder = pathlib.Path(sys.argv[sys.argv.index('--output_dir') + 1])\n"
+        "(folder / 'checkpoint-5').mkdir()\n"
+        "try:\n    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    print('interrupted', flush=True)\n    sys.exit(130)\n"
+    )
+    python = recorder.folder / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {program} "$@"\n')
+    output = recorder.folder / "run"
+    run = subprocess.Popen(
+        [recorder.repository / "scripts" / "finetune_pt.sh"],
+        env={"PATH": f"{recorder.folder / 'bin'}:{os.environ['PATH']}", "OUTPUT_DIR": str(output)},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (output / "checkpoint-5").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.2)
+    os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to all of the pipeline
+    shown, _ = run.communicate(timeout=60)
+    assert run.returncode != 0
+    assert "interrupted" in shown and f"OUTPUT_DIR={output} continues from checkpoint-5" in shown
+    assert "continues from checkpoint-5" in (output / "train.log").read_text()
 
 
 def test_a_run_that_ended_early_says_how_it_continues(recorder):

@@ -514,12 +514,6 @@ def test_a_length_of_training_without_training_is_pointed_out(model, data, tmp_p
         assert (expected in decide(argv).notices) == is_told
 
 
-def test_a_replay_of_nothing_is_explained(tmp_path, capsys):
-    assert finetune.main(["--replay", str(tmp_path / "nowhere")]) == 1
-    expected = f"finetune.py: error: --replay {tmp_path / 'nowhere'}: no such file; give the --output_dir of a run that"
-    assert capsys.readouterr().err == f"{expected} has trained\n"
-
-
 def test_a_learning_rate_without_its_minus_is_pointed_out(model, data, tmp_path):
     argv = flags(model, data, tmp_path / "o", learning_rate="2e2")
     assert any("--learning_rate is 200, and 2e-2" in notice for notice in decide(argv).notices)
