@@ -29,6 +29,7 @@ HEADING_OWNER = re.compile(r"(?:(?:\0|[它他她该其]|宝可梦|家伙)的?|[�
 JOIN = r"(?:、|/|或者|或是|或(?![者是])|以及|及|和|与)"
 JOINED_BEHIND = re.compile(rf"\s?{JOIN}\s?((?![它他她其这那还都也等两三四不没])[^\W\d_][^\W_]{{0,7}})")
 JOINED_BEFORE = re.compile(r"[是为有叫怕用:,。!\s]([^\W\d_是为有的]{1,6})(?:、|/|或者|或|和|与)$")
+JOINED_LENGTH = 10  # what JOINED_BEFORE matches at most: 1 + 6 + 2, and a line break that `$` passes over
 # Behind a name: 妙蛙种子的属性…, 妙蛙种子没有…; but 妙蛙种子的进化形态 is somebody else.
 OWNS = re.compile(r"的(?!进化)|(?:并)?(?:没有?|不|无)")
 # Beside these a value still stands by itself, and so it does beside what is no Chinese letter, beside another known
@@ -159,10 +160,12 @@ class _Reader:
 
     def _is_owner(self, token: Token) -> bool:
         """Is the name no answer, but the one of whom something else is said (妙蛙种子的属性是草, 妙蛙种子没有弱点)?"""
-        rest = self.masked[token.end :]
+        if OWNS.match(self.masked, token.end):
+            return True
+        if not self.masked.startswith("是", token.end):
+            return False
         following = next((other for other in self.tokens if other.start > token.start), None)
-        says_what_it_is = rest.startswith("是") and following and following.start == token.end + 1
-        return bool(OWNS.match(rest) or (says_what_it_is and not following.subjects))
+        return following is not None and following.start == token.end + 1 and not following.subjects
 
     def _stands_alone(self, token: Token, owner: Field) -> bool:
         """Is this the word itself, and not a part of a longer one that the table does not know?"""
@@ -178,7 +181,7 @@ class _Reader:
         behind = JOINED_BEHIND.match(self.masked, token.end)
         if behind and behind.start(1) not in self._token_starts and not behind[1].startswith(tuple(self.table.labels)):
             yield behind[1]
-        before = JOINED_BEFORE.search(self.masked[: token.start])
+        before = JOINED_BEFORE.search(self.masked, max(token.start - JOINED_LENGTH, 0), token.start)
         if before and before.end(1) not in self._token_ends:
             yield before[1]
 
