@@ -57,4 +57,5 @@ if __name__ == "__main__":
     grown = peak.stop()
     elements = sum(parameter.ds_tensor.numel() for parameter in model.parameters() if hasattr(parameter, "ds_tensor"))
     result = {"rank": int(os.environ["RANK"]), "peak_bytes": grown, "kept_bytes": 4 * elements}
-    print(json.dumps(result), flush=True)
+    sys.stdout.write(json.dumps(result) + "\n")  # in one piece: the ranks share the stream
+    sys.stdout.flush()

@@ -155,6 +155,23 @@ def test_results_load_alone(runs):
         assert load_model(runs.model, pt_checkpoint=runs.folder / zero / "ptuning").prefix_encoder.length == 4
 
 
+@pytest.mark.skipif(shutil.which("c++") is None, reason="DeepSpeed builds its Adam for the host with a C++ compiler")
+def test_offloading_gives_the_losses_of_one_process(runs):
+    """With the optimizer's state, and with the weights too, in the host's memory; and with half a run taken up."""
+    offloads = [f"{zero}_offload" for zero in STAGES]
+    commands = [runs.command(runs.folder / zero / "full", options(2, "full", zero)) for zero in offloads]
+    launch(2, commands, runs.folder)
+    again = [
+        runs.command(runs.copy_until(2, f"{zero}/full", "same"), options(2, "full", zero, resume_from_checkpoint=True))
+        for zero in offloads
+    ]
+    launch(2, again, runs.folder)
+    for zero in offloads:
+        for run in (f"{zero}/full", f"same/{zero}/full"):
+            assert losses(runs.folder / run) == pytest.approx(losses(runs.folder / "one" / "full"), rel=1e-4)
+            assert_close(runs.trained(run), runs.trained("one/full"))
+
+
 @pytest.mark.parametrize("zero", STAGES)
 @pytest.mark.parametrize("method", DDP)
 def test_checkpoints_leave_frozen_weights_out(runs, zero, method):

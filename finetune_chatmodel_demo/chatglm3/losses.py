@@ -82,4 +82,5 @@ class _FrozenHeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, of_total: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * of_total).to(gradient.dtype), None, None
+        # In float32: half precision would round the factor itself, for all positions alike.
+        return (gradient.float() * of_total).to(gradient.dtype), None, None

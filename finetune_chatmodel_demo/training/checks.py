@@ -25,7 +25,7 @@ from finetune_chatmodel_demo.training.arguments import (
 )
 from finetune_chatmodel_demo.training.counts import check_counts
 from finetune_chatmodel_demo.training.evaluation_checks import check_evaluation, check_overfit_check
-from finetune_chatmodel_demo.training.zero_config import read_stage
+from finetune_chatmodel_demo.training.zero_config import find_stale_locks, read_stage
 
 if TYPE_CHECKING:
     from finetune_chatmodel_demo.training.settings import Settings
@@ -250,6 +250,11 @@ def _check_deepspeed(settings: "Settings") -> None:
         raise SettingsError("--deepspeed needs the package deepspeed: pip install deepspeed")
     if not trains(settings.given):
         raise SettingsError("--deepspeed shares out what training needs, and this run does not train; drop it")
+    settings.notices += [
+        f"{lock} is left of a build that did not end, and DeepSpeed will wait for it; if no other run is building now, "
+        "remove this file"
+        for lock in find_stale_locks()
+    ]
     if read_stage(settings.given["deepspeed"]) == 3:
         _check_zero3(settings)
     elif settings.method in (P_TUNING, LORA):

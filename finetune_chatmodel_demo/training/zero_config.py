@@ -4,6 +4,8 @@ finetune.py --deepspeed finetune_chatmodel_demo/configs/ds_zero3.json ...
 """
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from finetune_chatmodel_demo.training.run_shape import Zero
 
 # DeepSpeed's own defaults, in numbers (https://www.deepspeed.ai/docs/config-json/).
 ZERO_BUCKET, ZERO_LIVE = 5e8, 1e9
+# Seconds. One of its extensions took two minutes on two busy cores.
+LONGEST_BUILD = 900
 
 
 def read_stage(config: object) -> int:
@@ -60,6 +64,18 @@ def _number(value: Any, automatic: float, default: float) -> float:
 
 def _is_offloaded(section: Any) -> bool:
     return isinstance(section, dict) and section.get("device", "none") != "none"
+
+
+def find_stale_locks() -> list[Path]:
+    """Locks of builds that were killed: DeepSpeed would wait for them to end, without a word and forever.
+
+    It builds small extensions at first, through torch.utils.cpp_extension.
+    """
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    locks = [*root.glob("*/lock"), *root.glob("*/*/lock")]
+    return sorted(lock for lock in locks if time.time() - lock.stat().st_mtime > LONGEST_BUILD)
 
 
 def _read_section(config: object) -> dict[str, Any]:
