@@ -1,6 +1,7 @@
 """The benchmarks run, on sizes that take no time; their original's side gives the original code's numbers."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -171,6 +172,9 @@ def test_gpu_report_on_the_cpu(tmp_path):
         *(results["quantized"][name] for name in ("nf4", "int8")),
     ]
     assert [run.get("error") for run in runs] == [None] * 9
+    if shutil.which("c++"):
+        assert results["compiled"]["none"]["loss"] == pytest.approx(results["packed"]["none"]["loss"], rel=1e-2)
+        assert results["compiled"]["none"]["times_as_fast"] > 0
     # Random weights know nothing: the loss is about the logarithm of the vocabulary of 512.
     assert all(run["loss"] == pytest.approx(np.log(512), rel=0.25) and run["planned_gib"] > 0 for run in runs)
     assert results["packed"]["flex_attention"] is False

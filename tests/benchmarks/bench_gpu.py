@@ -9,6 +9,7 @@ Sections (--sections a,b,c):
     quantized      the same on NF4 and int8 bases
     lora           the same with LoRA
     packed         rows of 2,048 through FlexAttention: tokens per second, share of the matrix peak
+    compiled       packed rows again, with norms and SwiGLU fused by torch.compile (--torch_compile)
     decoding       with the prefix against without
     grouped_keys   attention with repeated keys against `enable_gqa`, an option that is not in use
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from finetune_chatmodel_demo.chatglm3 import ChatGLM3Config
 
 POLICIES = ("none", "mlp", "full")
-SECTIONS = ("matmul", "ptuning", "quantized", "lora", "packed", "decoding", "grouped_keys")
+SECTIONS = ("matmul", "ptuning", "quantized", "lora", "packed", "compiled", "decoding", "grouped_keys")
 # Sections that have not begun by then are skipped.
 LAST_START_SECONDS = 420
 WANTED_SHARE_OF_PEAK, WANTED_PLAN_ERROR = 0.5, 0.1
@@ -347,6 +348,19 @@ def run_packed(options: argparse.Namespace, config: "ChatGLM3Config", results: d
     return found
 
 
+def run_compiled(options: argparse.Namespace, config: "ChatGLM3Config", results: dict[str, Any]) -> dict[str, Any]:
+    """`run_packed` without checkpointing, with and without --torch_compile, which fuses element-wise operations."""
+    from finetune_chatmodel_demo.chatglm3.lean_functions import compile_elementwise
+
+    model = build_model(options, config)
+    model.add_prefix(options.prefix)
+    compile_elementwise(model)
+    plan = {"pre_seq_len": options.prefix, "segments": options.conversations}
+    run = measure_steps(options, config, model, "ptuning", "none", **plan)
+    plain = results.get("packed", {}).get("none", {}).get("seconds_of_a_step")
+    return {"none": run | {"times_as_fast": round(plain / run["seconds_of_a_step"], 4) if plain else None}}
+
+
 def count_flops(options: argparse.Namespace, config: "ChatGLM3Config", supervised: int) -> float:
     """Useful floating point operations of a packed P-Tuning step; see `flops` in the report."""
     from finetune_chatmodel_demo.training.parameter_counts import count_parameters
@@ -423,6 +437,7 @@ RUNS = {
     "quantized": run_quantized,
     "lora": run_lora,
     "packed": run_packed,
+    "compiled": run_compiled,
     "decoding": run_decoding,
     "grouped_keys": run_grouped_keys,
 }

@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         if options.packed_rows:
             from packing_comparison import compare_packing
 
-            results[-1]["packing"] = compare_packing(length, packed_data, size, options.repeats)
+            results[-1]["packing"] = compare_packing(length, packed_data, size, options.repeats, options.torch_compile)
         if not options.no_memory:
             results[-1]["memory"] = compare_memory(length, data, size, options.batch_size, threads)
     report = {
@@ -178,6 +178,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument(flag, type=int, default=value, help=f"{text} (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="torch's threads (default: torch's choice)")
     parser.add_argument("--csv_rows", type=int, help="Pokémon to read (default: all)")
+    parser.add_argument("--torch_compile", action="store_true", help="packed rows also with element-wise parts fused")
     parser.add_argument("--no_memory", action="store_true", help="leave the memory measurement out")
     parser.add_argument("--output", type=Path, help="also write the JSON to this file")
     options = parser.parse_args(arguments)

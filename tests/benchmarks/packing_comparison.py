@@ -11,7 +11,9 @@ from finetune_chatmodel_demo.conversation.grouping import group_rows
 TARGET_SPEEDUP = {2048: 40.0, 512: 7.0}
 
 
-def compare_packing(length: int, data: PokemonRows, size: ModelSize, repeats: int) -> dict[str, Any]:
+def compare_packing(
+    length: int, data: PokemonRows, size: ModelSize, repeats: int, is_compiled: bool = False
+) -> dict[str, Any]:
     """Makes the same optimizer steps on every side, by turns.
 
     Args:
@@ -19,8 +21,11 @@ def compare_packing(length: int, data: PokemonRows, size: ModelSize, repeats: in
         data: the rows of a step.
         size: of the random model.
         repeats: steps of each side, after one for warming up.
+        is_compiled: adds a side whose element-wise operations torch.compile fuses (--torch_compile).
     """
     from training_sides import OriginalLoss, OurLoss, PackedLoss, Side
+
+    from finetune_chatmodel_demo.chatglm3.lean_functions import compile_elementwise
 
     rows = data.rows
     single: list[list[Row]] = [[row] for row in rows]
@@ -31,6 +36,10 @@ def compare_packing(length: int, data: PokemonRows, size: ModelSize, repeats: in
         "packed": (Side(PackedLoss(data.pad_token_id), size), groups),
         "packed_without_checkpointing": (Side(PackedLoss(data.pad_token_id), size, "none"), groups),
     }
+    if is_compiled:
+        compiled = Side(PackedLoss(data.pad_token_id), size, "none")
+        compile_elementwise(compiled.model)
+        sides["packed_without_checkpointing_compiled"] = (compiled, groups)
     times: dict[str, list[Elapsed]] = {name: [] for name in sides}
     losses: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(repeats + 1):
@@ -56,6 +65,9 @@ def compare_packing(length: int, data: PokemonRows, size: ModelSize, repeats: in
         for name in sides
         for loss, reference in zip(losses[name], losses["original"], strict=True)
     )
+    if is_compiled:
+        plain, fused = (times[f"packed_without_checkpointing{end}"] for end in ("", "_compiled"))
+        result["compiled_over_plain"] = _describe_ratio(plain, fused)
     if length in TARGET_SPEEDUP:
         reached = result["over_original"]["packed_without_checkpointing"]["tokens_per_second"]
         result["target"] = {
