@@ -50,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         print(build_parser().format_help())
         return 0
     logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stdout)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns that an optional package is missing
     is_first = os.environ.get("RANK", "0") == "0"
     logging.getLogger("finetune_chatmodel_demo").setLevel(logging.INFO if is_first else logging.WARNING)
     given: dict[str, object] = {}

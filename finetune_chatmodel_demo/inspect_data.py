@@ -23,6 +23,7 @@ from finetune_chatmodel_demo.conversation.records import STAGE_KINDS
 from finetune_chatmodel_demo.conversation.stage_data import StageData, build_stage_data
 from finetune_chatmodel_demo.conversation.viewing import format_row, format_summary
 from finetune_chatmodel_demo.conversation.viewing_html import format_html
+from finetune_chatmodel_demo.generation.model_files import explain_load_error
 
 HTML_ROWS = 50
 
@@ -70,7 +71,10 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError("give --train_file or --validation_file, or --dataset or --eval_dataset")
         from finetune_chatmodel_demo.chatglm3 import load_tokenizer  # heavy: not for --help
 
-        tokenizer = load_tokenizer(options.tokenizer)
+        try:
+            tokenizer = load_tokenizer(options.tokenizer)
+        except OSError as error:
+            raise ValueError(f"--tokenizer: {explain_load_error(options.tokenizer, error)}") from error
         if data.streaming:
             raise ValueError("--streaming is for training; drop it, and give --max_samples 100 to read no further")
         built = build_stage_data(data, options.stage, tokenizer, options.seed, needs_train=has_train)

@@ -252,6 +252,7 @@ def test_reward_models_do_not_chat(capsys, tmp_path, base):
         (["--adapter", "{adapter}", "--model", "{tiny}"], "was trained for another base model"),
         (["--model", "{base}", "--device", "gpu"], "--device gpu is unknown; use cuda"),
         (["--model", "{base}", "--tokenizer", "{empty}"], "has no tokenizer.model"),
+        (["--model", "no/model"], "no/model: there is no such folder, and as a name on the hub: "),
         (["--model", "{base}", "--prompt", " "], "--prompt is empty"),
         (["--model", "{base}", "--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens is 0"),
         (["--model", "{base}", "--prompt", "长" * 300], "shorten the question"),

@@ -503,7 +503,7 @@ def test_damaged_model_folders_are_named_before_weights_are_read(model, data, tm
 def test_a_name_that_neither_disk_nor_hub_knows_is_explained(data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert train("no/model", data, tmp_path / "o") == 1
-    assert "--model_name_or_path no/model: there is no such folder, and as a name" in capsys.readouterr().err
+    assert "--model_name_or_path: no/model: there is no such folder, and as a name" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
 
 

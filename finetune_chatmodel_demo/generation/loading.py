@@ -22,6 +22,7 @@ from finetune_chatmodel_demo.generation.folders import (
     is_reward_model,
     read_config,
 )
+from finetune_chatmodel_demo.generation.model_files import explain_load_error
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,10 @@ def load_choice(choice: ModelChoice) -> tuple[Any, Any]:
     from finetune_chatmodel_demo.chatglm3 import ChatGLM3Config, load_model, load_tokenizer
     from finetune_chatmodel_demo.chatglm3.adapters import check_adapter, load_adapter
 
-    tokenizer = load_tokenizer(choice.tokenizer)
+    try:
+        tokenizer = load_tokenizer(choice.tokenizer)
+    except OSError as error:
+        raise UsageError(explain_load_error(choice.tokenizer, error)) from error
     if choice.adapter and Path(choice.model).is_dir():
         check_adapter(choice.adapter, ChatGLM3Config.from_pretrained(choice.model))
     model = load_model(

@@ -31,6 +31,17 @@ def check_model_folder(folder: Path) -> None:
         _check_weights(path)
 
 
+def explain_load_error(path: str, error: Exception) -> str:
+    """One line for what a loader says of a folder or a hub name; transformers takes several for an unreachable hub."""
+    line = str(error).strip().partition("\n")[0]
+    is_our_own = isinstance(error, FileNotFoundError)
+    return (
+        line
+        if is_our_own or Path(path).is_dir()
+        else f"{path}: there is no such folder, and as a name on the hub: {line}"
+    )
+
+
 def check_architecture(path: Path) -> None:
     """Raises UsageError for a config.json that cannot be read, or is another model's."""
     config = _read_mapping(path)

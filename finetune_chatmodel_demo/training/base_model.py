@@ -1,10 +1,10 @@
 """The base model's tokenizer, with errors that name the flag."""
 
-from pathlib import Path
 from typing import Any
 
 from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
 from finetune_chatmodel_demo.chatglm3.loading import load_tokenizer
+from finetune_chatmodel_demo.generation.model_files import explain_load_error
 from finetune_chatmodel_demo.training.arguments import SettingsError
 
 
@@ -18,16 +18,10 @@ def load_base_tokenizer(path: str) -> Any:
         tokenizer = load_tokenizer(path)
         rows = ChatGLM3Config.from_pretrained(path).padded_vocab_size
     except (OSError, ValueError) as error:
-        where = "" if Path(path).is_dir() else "there is no such folder, and as a name on the hub: "
-        raise SettingsError(f"--model_name_or_path {path}: {where}{_first_line(error)}") from error
+        raise SettingsError(f"--model_name_or_path: {explain_load_error(path, error)}") from error
     if tokenizer.vocab_size > rows:
         raise SettingsError(
             f"--model_name_or_path {path}: the tokenizer has {tokenizer.vocab_size} ids, the model only {rows}; "
             "put the tokenizer.model there that belongs to the model"
         )
     return tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    """transformers explains a hub that cannot be reached in several lines, of which the first says it."""
-    return str(error).strip().partition("\n")[0]
