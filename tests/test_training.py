@@ -145,6 +145,7 @@ def test_a_gpu_turns_on_bf16_and_gradient_checkpointing(monkeypatch):
         ({"train_file": None}, "there is nothing to read: give --train_file FILE"),
         ({"train_file": "nowhere.jsonl"}, "--train_file nowhere.jsonl does not exist"),
         ({"validation_file": "nowhere.jsonl"}, "--validation_file nowhere.jsonl does not exist"),
+        ({"tokenized_cache": __file__}, f"--tokenized_cache {__file__} is a file; give a folder"),
         ({"model_name_or_path": "/nowhere"}, "--model_name_or_path /nowhere is not a folder"),
         ({"model_name_or_path": None}, "--model_name_or_path is missing"),
         ({"output_dir": None}, "--output_dir is missing"),
