@@ -120,7 +120,7 @@ def _check_data(data: DataArguments, stage: str, given: dict[str, object]) -> No
         if path and not Path(path).is_file():
             raise SettingsError(f"--{flag} {path} does not exist (the current folder is {Path.cwd()})")
     if data.tokenized_cache and Path(data.tokenized_cache).is_file():
-        raise SettingsError(f"--tokenized_cache {data.tokenized_cache} is a file; give a folder, which may be a new one")
+        raise SettingsError(f"--tokenized_cache {data.tokenized_cache} is a file; give a folder, new or not")
     try:
         check_flags(data, stage, needs_train=trains(given))
     except ValueError as error:
