@@ -252,11 +252,11 @@ def _check_deepspeed(settings: "Settings") -> None:
         raise SettingsError("--deepspeed needs the package deepspeed: pip install deepspeed")
     if not trains(settings.given):
         raise SettingsError("--deepspeed shares out what training needs, and this run does not train; drop it")
-    settings.notices += [
+    settings.notices.extend(
         f"{lock} is left of a build that did not end, and DeepSpeed will wait for it; if no other run is building now, "
         "remove this file"
         for lock in find_stale_locks()
-    ]
+    )
     if read_stage(settings.given["deepspeed"]) == 3:
         _check_zero3(settings)
     elif settings.method in (P_TUNING, LORA):
