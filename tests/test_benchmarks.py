@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "benchmarks"))
 
 import bench_decoding
 import bench_gpu
+import bench_rows
 import bench_training
 from benchmark_helpers import ModelSize, summarize
 from pokemon_rows import choose_by_length
@@ -227,3 +228,13 @@ def test_useful_operations_and_plans_of_a_gpu_report():
     compared = bench_gpu.compare_plans({"a": sizes})
     assert [one["planned_over_measured"] for one in compared["settings"].values()] == [0.95, 1.2]
     assert compared["all_within_10_percent"] is False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_rows_are_counted_kept_and_watched(tmp_path):
+    report = bench_rows.main(["--rows", "256", "2048", "--output", str(tmp_path / "rows.json")])
+    assert json.loads((tmp_path / "rows.json").read_text(encoding="utf-8")) == report
+    assert [one["rows"] for one in report["results"]] == [256, 2048]
+    for one in report["results"]:
+        assert one["kept_mib"] > 0 and min(one[run]["peak_mib"] for run in ("first", "again")) > 50
