@@ -131,15 +131,15 @@ GOOD = json.dumps(PIKACHU, ensure_ascii=False)
 def test_errors_of_json_lines_name_the_line(tmp_path):
     text = f"{GOOD}\n\n{GOOD[:-1]}\n{GOOD}\n"
     assert reading_error(tmp_path, text) == (
-        "train.jsonl line 3: is not valid JSON: a record begins here and does not end"
+        "train.jsonl line 3: not valid JSON: a record begins here and does not end"
     )
     assert reading_error(tmp_path, f"{GOOD}\n{{'role': 1}}\n").startswith(
-        "train.jsonl line 2: is not valid JSON: Expecting property name enclosed in double quotes at character 2, near"
+        "train.jsonl line 2: not valid JSON: Expecting property name enclosed in double quotes at character 2, near"
     )
     assert reading_error(tmp_path, f"{GOOD},\n{GOOD}").endswith(
         "write no comma between the lines, or put all records into one array"
     )
-    assert reading_error(tmp_path, GOOD + "\n" + GOOD[:30]).startswith("train.jsonl line 2: is not valid JSON")
+    assert reading_error(tmp_path, GOOD + "\n" + GOOD[:30]).startswith("train.jsonl line 2: not valid JSON")
 
 
 def test_errors_of_arrays_name_line_and_record(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 
 import pytest
@@ -382,7 +383,7 @@ def model(tmp_path_factory, tiny_folder):
     [{"pre_seq_len": 4}, {"finetuning_type": "lora", "learning_rate": 1e-2}, {"learning_rate": 1e-3}],
     ids=["ptuning", "lora", "full"],
 )
-def test_a_packed_run_equals_one_with_the_same_rows_in_a_step(options, model, tmp_path, monkeypatch):
+def test_a_packed_run_equals_one_with_the_same_rows_in_a_step(options, model, tmp_path, monkeypatch, capsys):
     """All 24 rows in each step, once as packed groups, once as rows of a batch."""
     monkeypatch.setattr(prefix, "PREFIX_DROPOUT", 0.0)
     data = write_conversations(tmp_path / "train.jsonl")
@@ -391,6 +392,12 @@ def test_a_packed_run_equals_one_with_the_same_rows_in_a_step(options, model, tm
     lengths = {"max_seq_length": 512, "packing": True}
     assert train(model, data, tmp_path / "packed", per_device_train_batch_size=4, **options, **lengths) == 0
     assert losses(tmp_path / "packed") == pytest.approx(losses(tmp_path / "rows"), rel=1e-5)
+    printed = capsys.readouterr().out
+    (groups, filled), (tokens,) = (
+        re.search(pattern, printed).groups()
+        for pattern in (r"packing +24 rows in (\d) of up to 512 tokens, ([\d.]+)% filled", r"24 rows, ([\d,]+) tokens")
+    )
+    assert float(filled) == pytest.approx(100 * int(tokens.replace(",", "")) / (int(groups) * 512), abs=0.05)
 
 
 def test_a_packed_run_resumes_to_the_same_weights(model, tmp_path):

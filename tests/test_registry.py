@@ -225,7 +225,7 @@ def test_mistakes_in_the_file(tmp_path: Path, text: str, message: str):
 
 def test_json_that_is_none(tmp_path: Path):
     path = write_registry(tmp_path, '{"a": {"file_name": "x"},\n}')
-    with pytest.raises(RegistryError, match=f"^{path} line [12]: is not valid JSON: .*; repair it there$"):
+    with pytest.raises(RegistryError, match=f"^{path} line [12]: not valid JSON: .*; repair it there$"):
         read_registry(tmp_path)
 
 

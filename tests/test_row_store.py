@@ -43,11 +43,18 @@ def build(data, tokenizer, cache, **options):
     return build_stage_data(arguments, "sft", tokenizer, 1, show_progress=False)
 
 
-def test_rows_are_tokenized_once(data, tmp_path, tokenizer, renderings):
+def test_rows_are_tokenized_once(data, tmp_path, tokenizer, renderings, caplog):
+    caplog.set_level("INFO")
     plain = build(data, tokenizer, "none")
+    assert not caplog.messages
     first = build(data, tokenizer, tmp_path / "cache")
     second = build(data, tokenizer, tmp_path / "cache")
     assert len(renderings) == 2
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert caplog.messages == [
+        f"the rows of {data} are kept in {folder} for later runs",
+        f"{data} was tokenized before: its rows are read from {folder}",
+    ]
     for kept in (first, second):
         assert [kept.train[i] for i in range(3)] == [plain.train[i] for i in range(3)]
         assert (kept.train.lengths, kept.table) == (plain.train.lengths, plain.table)

@@ -5,6 +5,7 @@ it), `PairDataset` for rm and dpo, `PromptDataset` for ppo. `stage_data` builds 
 one sft file. Look at the rows with `inspect_data.py`.
 """
 
+import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,8 @@ from finetune_chatmodel_demo.conversation.rows import PARTS, RowSettings
 from finetune_chatmodel_demo.conversation.templates import IGNORED_LABEL, ChatTokenizer
 from finetune_chatmodel_demo.conversation.tokenizing import DatasetReport, RenderedChunk, render_chunks
 from finetune_chatmodel_demo.conversation.truncation import TruncationStrategy
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "ConversationDataset",
@@ -241,8 +244,11 @@ def build_rows(
     if folder is not None and (folder / REPORT).is_file():
         store = read_files(folder)
         records.bad_count, records.bad_messages = store.report.rows_bad, store.bad_messages
+        logger.info("%s was tokenized before: its rows are read from %s", records.path, folder)
     else:
         store = _render(records, tokenizer, settings, num_workers or 1, show_progress, folder)
+        if folder is not None:
+            logger.info("the rows of %s are kept in %s for later runs", records.path, folder)
     dataset = DATASETS[settings.stage](records, store)
     if not len(dataset):
         reason = NO_ROW[settings.stage].format(dataset.report.rows_read)

@@ -60,6 +60,7 @@ class GroupedRows:
         """
         self.rows = rows
         self._lengths = rows.lengths
+        self.capacity = capacity
         self.groups = group_rows(self._lengths, capacity, seed)
 
     def __len__(self) -> int:
@@ -72,6 +73,12 @@ class GroupedRows:
     def lengths(self) -> list[int]:
         """Tokens of each group."""
         return [sum(self._lengths[row] for row in group) for group in self.groups]
+
+    def describe(self) -> str:
+        """How many rows became how many, and how full these are."""
+        count = len(self.groups)
+        filled = sum(self.lengths) / (count * self.capacity)
+        return f"{len(self._lengths):,} rows in {count:,} of up to {self.capacity:,} tokens, {filled:.1%} filled"
 
     def where(self, group: int) -> str:
         """The places of a group's records."""

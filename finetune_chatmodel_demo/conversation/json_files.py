@@ -161,7 +161,7 @@ def _iterate_lines(file: TextIO, required_keys: frozenset[str]) -> Iterator[Loca
         value, problem = _parse(text)
         if open_lines and problem is None and _is_record(value, required_keys):
             number += 1
-            yield Located(number, start, None, "is not valid JSON: a record begins here and does not end")
+            yield Located(number, start, None, "not valid JSON: a record begins here and does not end")
             open_lines, depth = [], 0
         if not open_lines:
             start = line_number
@@ -178,7 +178,7 @@ def _iterate_lines(file: TextIO, required_keys: frozenset[str]) -> Iterator[Loca
             yield Located(number, start, value, problem)
             open_lines, depth = [], 0
     if open_lines:
-        yield Located(number + 1, start, None, "is not valid JSON: a record begins here and does not end")
+        yield Located(number + 1, start, None, "not valid JSON: a record begins here and does not end")
 
 
 def _parse(text: str) -> tuple[Any, str | None]:
@@ -189,7 +189,7 @@ def _parse(text: str) -> tuple[Any, str | None]:
         remedy = ""
         if text[error.pos :].startswith(","):
             remedy = "; write no comma between the lines, or put all records into one array"
-        return None, f"is not valid JSON: {error.msg} at character {error.pos + 1}, near {near!r}{remedy}"
+        return None, f"not valid JSON: {error.msg} at character {error.pos + 1}, near {near!r}{remedy}"
 
 
 def _is_record(value: Any, required_keys: frozenset[str]) -> bool:

@@ -174,7 +174,7 @@ def read_registry(dataset_dir: str | Path) -> dict[str, DatasetEntry]:
         text = path.read_text(encoding=detect_encoding(path))
         blocks = json.loads(text, object_pairs_hook=lambda pairs: _refuse_doubles(pairs, path))
     except json.JSONDecodeError as error:
-        raise RegistryError(f"{path} line {error.lineno}: is not valid JSON: {error.msg}; repair it there") from None
+        raise RegistryError(f"{path} line {error.lineno}: not valid JSON: {error.msg}; repair it there") from None
     if not isinstance(blocks, dict):
         raise RegistryError(f'{path}: expected an object {{"NAME": {{...}}, ...}}, got {describe(blocks)}')
     return {name: _read_entry(name, block, path) for name, block in blocks.items()}

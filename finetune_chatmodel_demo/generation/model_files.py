@@ -34,12 +34,9 @@ def check_model_folder(folder: Path) -> None:
 def explain_load_error(path: str, error: Exception) -> str:
     """One line for what a loader says of a folder or a hub name; transformers takes several for an unreachable hub."""
     line = str(error).strip().partition("\n")[0]
-    is_our_own = isinstance(error, FileNotFoundError)
-    return (
-        line
-        if is_our_own or Path(path).is_dir()
-        else f"{path}: there is no such folder, and as a name on the hub: {line}"
-    )
+    if isinstance(error, FileNotFoundError) or Path(path).is_dir():  # the loader's own words
+        return line
+    return f"{path}: there is no such folder, and as a name on the hub: {line}"
 
 
 def check_architecture(path: Path) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from finetune_chatmodel_demo.conversation.grouping import GroupedRows
 from finetune_chatmodel_demo.training.methods import describe_method
 from finetune_chatmodel_demo.training.plan_report import describe_in_a_line
 from finetune_chatmodel_demo.training.settings import Settings
@@ -39,6 +40,7 @@ def describe_start(settings: Settings, trainer: "RunTrainer") -> str:
         "batch": f"{args.per_device_train_batch_size} rows × {args.gradient_accumulation_steps} accumulated × "
         f"{args.world_size} processes = {effective} rows a step",
         "steps": f"{steps} of {effective} rows" + ("" if is_streamed else _count_epochs(steps * effective, trainer)),
+        **({"packing": packed.describe()} if (packed := _find_groups(trainer)) else {}),
         **(trainer.describe_steps(steps) if hasattr(trainer, "describe_steps") else {}),
         "precision": settings.precision
         + (f", base in {bits} bits" if (bits := settings.model.quantization_bit) else ""),
@@ -49,6 +51,11 @@ def describe_start(settings: Settings, trainer: "RunTrainer") -> str:
         "resumed from": str(settings.checkpoint) if settings.checkpoint else "nothing, a new run",
     }
     return "\n".join(f"  {name:<14} {text}" for name, text in lines.items())
+
+
+def _find_groups(trainer: "RunTrainer") -> GroupedRows | None:
+    rows = getattr(trainer.train_dataset, "rows", None)
+    return rows if isinstance(rows, GroupedRows) else None
 
 
 def _count_epochs(rows: int, trainer: "RunTrainer") -> str:
