@@ -256,6 +256,26 @@ SCRIPT = [REPOSITORY / "scripts" / "finetune_ds_multiturn.sh", "--use_cpu", "--t
 SCRIPT += ["--lr_scheduler_type", "constant", "--seed", "42", "--plot_loss", "False"]
 
 
+def test_the_script_of_prompts_and_responses_goes_on_with_another_number_of_processes(files, tmp_path):
+    """Two steps on two processes, three more on one, against five on one without DeepSpeed."""
+    pairs = [{"prompt": f"宝可梦{i}的属性", "response": "草属性" * (i % 3 + 1)} for i in range(16)]
+    data, output = tmp_path / "pairs.jsonl", tmp_path / "out"
+    data.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8")
+    script = [REPOSITORY / "scripts" / "finetune_ds.sh", *SCRIPT[1:]]
+    for processes, accumulated, steps in ((2, 2, 2), (1, 4, 5)):
+        knobs = script_knobs(files, output, DATASET_PATH=data, NUM_GPUS=processes, MAX_STEP=steps, SAVE_INTERVAL=2)
+        knobs["GRAD_ACCUMULATION_STEPS"] = str(accumulated)
+        run = subprocess.run(
+            script, env=knobs, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
+        )
+        assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    whole = options(1, "full", max_steps=5, train_format="input-output", max_source_length=1024, max_target_length=128)
+    assert train(files.model, data, tmp_path / "whole", **whole) == 0
+    assert len(losses(output)) == 5
+    assert losses(output) == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+    assert_close(load_file(output / "model.safetensors"), load_file(tmp_path / "whole" / "model.safetensors"))
+
+
 def test_two_nodes_give_the_losses_of_one_process(runs, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
