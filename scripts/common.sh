@@ -23,10 +23,12 @@ fail() {
 # check_knobs: numbers that are none, and knobs in lower case, which nothing would read.
 check_knobs() {
     local name lower
-    for name in NUM_GPUS NNODES NODE_RANK DEV_BATCH_SIZE GRAD_ACCUMULATION_STEPS MAX_STEP SAVE_INTERVAL PRE_SEQ_LEN \
-        MAX_SEQ_LEN MAX_SOURCE_LEN MAX_TARGET_LEN; do
+    # MAX_STEP=-1 leaves the length to --num_train_epochs; SAVE_INTERVAL may be a share, and finetune.py looks at it.
+    for name in NUM_GPUS NNODES NODE_RANK DEV_BATCH_SIZE GRAD_ACCUMULATION_STEPS PRE_SEQ_LEN MAX_SEQ_LEN \
+        MAX_SOURCE_LEN MAX_TARGET_LEN; do
         [[ ! ${!name:-} || ${!name} =~ ^[0-9]+$ ]] || fail "$name=${!name} is not a whole number; give one, or leave it out"
     done
+    [[ $MAX_STEP =~ ^(-1|[0-9]+)$ ]] || fail "MAX_STEP=$MAX_STEP is not a whole number; give one, or leave it out"
     ((NUM_GPUS > 0)) || fail "NUM_GPUS=$NUM_GPUS: it is the number of processes, 1 or more"
     for name in PRE_SEQ_LEN LR NUM_GPUS MAX_SEQ_LEN MAX_SOURCE_LEN MAX_TARGET_LEN DEV_BATCH_SIZE \
         GRAD_ACCUMULATION_STEPS MAX_STEP SAVE_INTERVAL RUN_NAME DATASET_PATH VALIDATION_PATH BASE_MODEL_PATH \
