@@ -272,7 +272,7 @@ def test_knobs_that_cannot_work(recorder, knobs, message):
 
 def test_epochs_and_shares_reach_the_program(recorder):
     _, given = recorder.command("finetune_pt.sh", MAX_STEP=-1, SAVE_INTERVAL=0.25)
-    assert (given["max_steps"], given["save_steps"]) == ("-1", "0.25")
+    assert (given["max_steps"], given["save_steps"]) == (-1, 0.25)
 
 
 def test_the_last_words_of_an_interrupted_run_arrive(recorder):
