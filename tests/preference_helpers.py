@@ -8,6 +8,7 @@ import training_helpers
 from conversation_helpers import pair, user, write_jsonl
 from training_helpers import ROWS, decide
 
+from finetune_chatmodel_demo.chatglm3.loading import load_tokenizer
 from finetune_chatmodel_demo.training import run_trainer, workflow
 
 METHODS = {
@@ -37,7 +38,7 @@ def train(model: Path, data: Path, output: Path, **options: object) -> int:
 def build_trainer(model: Path, data: Path, output: Path, **options: object):
     """The trainer of a run that is not started."""
     settings = decide(model, data, output, **options)
-    tokenizer = workflow.load_tokenizer(model)
+    tokenizer = load_tokenizer(model)
     rows = workflow.build_stage_data(settings.data, settings.stage.stage, tokenizer, 0)
     prepared = workflow.prepare_model(settings)
     return workflow.trainer_class(settings.stage.stage)(prepared, settings, tokenizer, rows.train, rows.validation)
