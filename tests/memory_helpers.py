@@ -5,14 +5,13 @@ import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from finetune_chatmodel_demo.chatglm3 import ChatGLM3Config, ChatGLM3ForCausalLM, attention
+from finetune_chatmodel_demo.chatglm3 import ChatGLM3Config, ChatGLM3ForCausalLM
 from finetune_chatmodel_demo.chatglm3.adapters import add_adapter
 from finetune_chatmodel_demo.chatglm3.recomputing import set_policy
 
@@ -141,17 +140,6 @@ def measure_kept(case: Case) -> int:
     return sum(storage.nbytes() for storage in parts if storage is not None)
 
 
-class _Causal:
-    """Stands for `causal_lower_right` on a CPU."""
-
-    def __init__(self, queries: int, keys: int) -> None:
-        self.shape = (queries, keys)
-
-    def _materialize(self, device: torch.device) -> torch.Tensor:
-        queries, keys = self.shape
-        return torch.ones(queries, keys, dtype=torch.bool, device=device).tril_(keys - queries)
-
-
 def measure_peak(case: Case) -> int:
     """Peak bytes of the second of two whole steps, in which the optimizer has its state."""
     model = build_model(case)
@@ -160,8 +148,7 @@ def measure_peak(case: Case) -> int:
     counter = PeakCounter()
     for tensor in [*model.parameters(), *model.buffers()]:
         counter.add(tensor)
-    # PyTorch cannot make its mask object within a dispatch mode.
-    with patch.object(attention, "causal_lower_right", _Causal), counter:
+    with counter:
         for _ in range(2):
             counter.peak = counter.now
             for _ in range(case.batches):

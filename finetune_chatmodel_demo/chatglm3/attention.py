@@ -11,14 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 from transformers.models.glm.modeling_glm import eager_attention_forward, repeat_kv
 
-from finetune_chatmodel_demo.chatglm3.packing import Packing, packed_attention
+from finetune_chatmodel_demo.chatglm3.packing import Packing, lower_right_mask, packed_attention
 
 # transformers' name of an attention function → ours, which does the same and knows prefixes.
 PREFIX_ATTENTION = {"sdpa": "sdpa_with_prefix", "eager": "eager_with_prefix"}
@@ -62,9 +61,7 @@ class Prefix:
     def causal_mask(self, queries: int, keys: int, device: torch.device) -> torch.Tensor:
         """ "Every query sees the prefix and the text up to itself": lower-right causal, (queries, keys)."""
         if self.mask is None:
-            bias = causal_lower_right(queries, keys)
-            # On CUDA the object picks a fused kernel. Elsewhere it would be materialized again in every layer.
-            self.mask = bias if device.type == "cuda" else bias._materialize(device)
+            self.mask = lower_right_mask(queries, keys, device)
         return self.mask
 
 

@@ -47,7 +47,7 @@ class Packing:
             raise ValueError(f"the lengths of a packed row's conversations are {list(lengths)}; each is at least 1")
         self.lengths = tuple(int(length) for length in lengths)
         self._block_mask: Any = None
-        self._causal_masks: dict[tuple[int, int], torch.Tensor | None] = {}
+        self._causal_masks: dict[tuple[int, int], Any] = {}
 
     @cached_property
     def bounds(self) -> list[tuple[int, int]]:
@@ -119,16 +119,21 @@ class Packing:
         return is_full, (seen.amax(dim=1) > 0) & ~is_full
 
     def causal_mask(self, queries: int, prefix_length: int, device: torch.device) -> torch.Tensor:
-        """(queries, prefix_length + queries), True where a query may look: the prefix and the text up to itself."""
+        """The prefix and the text up to itself, (queries, prefix_length + queries); see `lower_right_mask`."""
         shape = (queries, prefix_length)
         if shape not in self._causal_masks:
-            keys = prefix_length + queries
-            if device.type == "cuda":  # as in `Prefix.causal_mask`: the object picks a fused kernel
-                mask = causal_lower_right(queries, keys)
-            else:
-                mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril_(prefix_length)
-            self._causal_masks[shape] = mask
+            self._causal_masks[shape] = lower_right_mask(queries, prefix_length + queries, device)
         return self._causal_masks[shape]
+
+
+def lower_right_mask(queries: int, keys: int, device: torch.device) -> Any:
+    """(queries, keys), True where a query may look: the last query sees all keys, each one before it one less.
+
+    On CUDA an object that picks a fused kernel; elsewhere it would be written out again in every layer.
+    """
+    if device.type == "cuda":
+        return causal_lower_right(queries, keys)
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril_(keys - queries)
 
 
 def _list_blocks(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -394,8 +394,9 @@ def run_grouped_keys(options: argparse.Namespace, config: "ChatGLM3Config", resu
     """
     import torch
     import torch.nn.functional as F
-    from torch.nn.attention.bias import causal_lower_right
     from transformers.models.glm.modeling_glm import repeat_kv
+
+    from finetune_chatmodel_demo.chatglm3.packing import lower_right_mask
 
     heads, groups, channels = config.num_attention_heads, config.multi_query_group_num, config.kv_channels
     keys = options.tokens + options.prefix
@@ -403,8 +404,7 @@ def run_grouped_keys(options: argparse.Namespace, config: "ChatGLM3Config", resu
         torch.randn(1, n, length, channels, dtype=torch.bfloat16, device=options.device, requires_grad=True)
         for n, length in ((heads, options.tokens), (groups, keys), (groups, keys))
     )
-    mask = causal_lower_right(options.tokens, keys)
-    mask = mask if options.device == "cuda" else mask._materialize(torch.device(options.device))
+    mask = lower_right_mask(options.tokens, keys, torch.device(options.device))
 
     def run(is_grouped: bool) -> dict[str, Any]:
         pair = (key, value) if is_grouped else (repeat_kv(key, heads // groups), repeat_kv(value, heads // groups))
