@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmark_helpers import REPOSITORY, describe_machine, publish
+from benchmark_helpers import REPOSITORY, describe_machine, own_memory, publish
 
 NAMES = ("皮卡丘", "妙蛙种子", "小火龙", "杰尼龟", "喷火龙")
 STEPS = 3
@@ -89,7 +89,7 @@ def watch_run(data: Path, folder: Path, workers: int) -> dict[str, float]:
     }
     command += [str(text) for name, value in options.items() for text in (f"--{name}", value)]
     log = folder / "printed"
-    started, peak = time.perf_counter(), 0
+    started, peak = time.perf_counter(), 0.0
     with log.open("w", encoding="utf-8") as printed:
         run = subprocess.Popen([*command, "--overwrite_output_dir"], stdout=printed, stderr=subprocess.STDOUT)
         while run.poll() is None:
@@ -97,7 +97,7 @@ def watch_run(data: Path, folder: Path, workers: int) -> dict[str, float]:
             time.sleep(SECONDS_BETWEEN_LOOKS)
     if run.returncode:
         raise RuntimeError(f"finetune.py ended with {run.returncode}: {log.read_text(encoding='utf-8')[-2000:]}")
-    return {"seconds": round(time.perf_counter() - started, 1), "peak_mib": round(peak / MIB)}
+    return {"seconds": round(time.perf_counter() - started, 1), "peak_mib": round(peak)}
 
 
 def family(process: int) -> list[int]:
@@ -107,15 +107,6 @@ def family(process: int) -> list[int]:
     except OSError:
         return []
     return [process, *(one for child in children for one in family(int(child)))]
-
-
-def own_memory(process: int) -> int:
-    """Bytes of a process that belong to no file; 0: it is gone."""
-    try:
-        lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

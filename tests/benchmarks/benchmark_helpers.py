@@ -135,11 +135,23 @@ def memory_of_this_process() -> dict[str, float] | None:
 
     `ru_maxrss` would not do: a child process inherits its parent's peak.
     """
-    status = Path("/proc/self/status")
-    if not status.is_file():
+    fields = _read_memory("self")
+    return fields and {"now": fields["VmRSS"], "peak": fields["VmHWM"]}
+
+
+def own_memory(process: int) -> float:
+    """MiB of a process that belong to no file; 0: it is gone."""
+    return (_read_memory(process) or {}).get("RssAnon", 0.0)
+
+
+def _read_memory(process: int | str) -> dict[str, float] | None:
+    """What the system says of a process's memory, in MiB; None where it says nothing."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
         return None
-    fields = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines())
-    return {name: int(fields[key].split()[0]) / 1024 for name, key in (("now", "VmRSS"), ("peak", "VmHWM"))}
+    fields = (line.split(":", 1) for line in lines if line.endswith(" kB"))
+    return {name: int(value.split()[0]) / 1024 for name, value in fields}
 
 
 def forget_memory_peak() -> None:
