@@ -18,6 +18,8 @@ from transformers.models.glm.modeling_glm import GlmMLP
 from finetune_chatmodel_demo.chatglm3.lean_functions import kernels_of, swiglu
 
 CheckpointingPolicy = Literal["none", "mlp", "full"]
+# In the order of what they recompute.
+POLICIES: tuple[CheckpointingPolicy, ...] = get_args(CheckpointingPolicy)
 
 
 class ChatGLM3MLP(GlmMLP):
@@ -42,10 +44,8 @@ def set_policy(model: nn.Module, policy: CheckpointingPolicy) -> None:
     Raises:
         ValueError: for an unknown policy.
     """
-    if policy not in get_args(CheckpointingPolicy):
-        raise ValueError(
-            f"the checkpointing policy is {policy!r}; use one of {', '.join(get_args(CheckpointingPolicy))}"
-        )
+    if policy not in POLICIES:
+        raise ValueError(f"the checkpointing policy is {policy!r}; use one of {', '.join(POLICIES)}")
     for module in model.modules():
         if hasattr(module, "recomputes_mlp_only"):
             module.recomputes_mlp_only = policy == "mlp"

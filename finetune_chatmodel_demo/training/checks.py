@@ -167,8 +167,6 @@ def _check_method(settings: "Settings") -> None:
             f"--ptuning_checkpoint {model.ptuning_checkpoint} is not a folder with a config.json; "
             "give the --output_dir of a finished run of P-Tuning v2, or leave the flag out for a new prefix"
         )
-    if model.pre_seq_len is not None and model.pre_seq_len < 1:
-        raise SettingsError(f"--pre_seq_len is {model.pre_seq_len}; give a length of 1 or more, e.g. 128")
     if model.prefix_init_std <= 0:
         raise SettingsError(f"--prefix_init_std is {model.prefix_init_std}; give a number above 0")
     _check_prefix_start(model, given)

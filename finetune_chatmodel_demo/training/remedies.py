@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from finetune_chatmodel_demo.chatglm3.recomputing import CheckpointingPolicy
+from finetune_chatmodel_demo.chatglm3.recomputing import POLICIES, CheckpointingPolicy
 from finetune_chatmodel_demo.training.arguments import LORA, P_TUNING, SettingsError
 from finetune_chatmodel_demo.training.memory import GIB, MemoryPlan, plan_memory
 from finetune_chatmodel_demo.training.run_shape import RunShape
@@ -18,7 +18,6 @@ GPUS = {
     "A6000": 48, "L40": 48, "L40S": 48, "A40": 48, "A100-40GB": 40, "A100-80GB": 80, "A800-80GB": 80, "H100": 80,
     "H800": 80, "H20": 96, "H200": 141,
 }  # fmt: skip
-POLICIES_BY_RECOMPUTATION: tuple[CheckpointingPolicy, ...] = ("none", "mlp", "full")
 # A run that fits should not be talked into one that may not: the plan is held to 10% of what is allocated.
 PLAN_MARGIN = 1.1
 # The driver keeps some: torch sees 23.6 of an RTX 4090's 24 GiB, 79.2 of an A100's 80.
@@ -76,7 +75,7 @@ def find_faster_policy(shape: RunShape, limit: float) -> tuple[CheckpointingPoli
         shape: a run that fits.
         limit: bytes of one GPU.
     """
-    for policy in POLICIES_BY_RECOMPUTATION[: POLICIES_BY_RECOMPUTATION.index(shape.policy)]:
+    for policy in POLICIES[: POLICIES.index(shape.policy)]:
         plan = plan_memory(replace(shape, policy=policy))
         if plan.total * PLAN_MARGIN <= limit:
             return policy, plan
