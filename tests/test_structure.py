@@ -11,7 +11,15 @@ from conftest import REPOSITORY
 
 DEMO = "finetune_chatmodel_demo"
 # From the top down: a room may import rooms of larger numbers; `conversation` and `chatglm3` do not know each other.
-LEVELS = {"data_processing": 0, "training": 1, "evaluation": 2, "generation": 3, "conversation": 4, "chatglm3": 4}
+LEVELS = {
+    "data_processing": 0,
+    "training": 1,
+    "evaluation": 2,
+    "generation": 3,
+    "conversation": 4,
+    "chatglm3": 4,
+    "common": 5,
+}
 TOP_LEVEL = {
     ".ci",
     ".gitattributes",

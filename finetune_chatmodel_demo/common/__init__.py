@@ -1,0 +1,1 @@
+"""What every room and program uses: one error, one way to end, files that are whole or absent, tables."""

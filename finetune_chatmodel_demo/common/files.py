@@ -1,0 +1,158 @@
+"""Files and folders that are whole or absent: written beside, flushed to disk, then renamed. And their hashes.
+
+What is being written is called `.partial-NAME` beside `NAME`. The name is always the same, so that the next run
+overwrites what a killed one left.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from finetune_chatmodel_demo.common.errors import UserError
+
+PARTIAL_PREFIX = ".partial-"
+
+
+def partial_path(path: Path) -> Path:
+    """Where `path` is written before it gets its name."""
+    return path.with_name(PARTIAL_PREFIX + path.name)
+
+
+@contextmanager
+def whole_files(*paths: Path) -> Iterator[list[IO[str]]]:
+    """Opens UTF-8 text files that appear under their names only when the block ends well, all of them or none.
+
+    After an error or Ctrl-C nothing is left, and what stood there before is untouched. A symbolic link is replaced,
+    never written through.
+
+    Raises:
+        UserError: a destination is named twice or is not a regular file.
+    """
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise UserError(f"two outputs have the same path {paths[0]}; give them different names")
+    for path in paths:
+        if path.exists() and not path.is_file():
+            raise UserError(f"cannot write {path}: it is not a regular file; name an output file")
+    files: list[IO[str]] = []
+    try:
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.append(partial_path(path).open("w", encoding="utf-8", newline="\n"))
+        yield files
+        for file in files:
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        for path in paths:
+            os.replace(partial_path(path), path)
+    finally:
+        for file, path in zip(files, paths):
+            file.close()
+            partial_path(path).unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file that is whole or absent; see `whole_files`."""
+    with whole_files(path) as (file,):
+        file.write(text)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as indented JSON; see `whole_files`."""
+    write_whole(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Gives an empty folder to write into, which becomes `folder` when the block ends well, replacing an older one.
+
+    After an exception nothing is left behind, and what stood there before is untouched.
+    """
+    partial = partial_path(folder)
+    remove_tree(partial)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        publish_folder(partial, folder)
+    finally:
+        remove_tree(partial)
+
+
+def publish_folder(partial: Path, folder: Path) -> None:
+    """Flushes a folder to disk and gives it its final name; an older folder of that name is replaced."""
+    for path in [*partial.rglob("*"), partial]:
+        flush(path)
+    if folder.exists() or folder.is_symlink():
+        replaced = partial_path(folder.with_name(f"replaced-{folder.name}"))
+        remove_tree(replaced)
+        folder.rename(replaced)
+        partial.rename(folder)
+        remove_tree(replaced)
+    else:
+        partial.rename(folder)
+    flush(folder.parent)
+
+
+def publish_files(partial: Path, folder: Path) -> None:
+    """Moves the files of a partial folder into `folder`, which keeps its other files; config.json comes last.
+
+    The weights are complete before the file by which programs recognise a model appears.
+    """
+    files = sorted(partial.iterdir(), key=lambda path: path.name == "config.json")
+    for path in files:
+        flush(path)
+    for path in files:
+        os.replace(path, folder / path.name)
+    partial.rmdir()
+    flush(folder)
+
+
+def remove_tree(path: Path) -> None:
+    """Removes a folder, a file or a symbolic link (never what it points to); nothing happens where there is none."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what killed runs had not finished writing into `folder`."""
+    for path in folder.glob(f"{PARTIAL_PREFIX}*"):
+        remove_tree(path)
+
+
+def flush(path: Path) -> None:
+    """Flushes a file or a folder to disk; systems that cannot flush a folder are left alone."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's content, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def format_size(size: float) -> str:
+    """Bytes in words: `12.5 GB` (10⁹)."""
+    for unit in ("bytes", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
