@@ -1,7 +1,7 @@
 """The READMEs: the same in both languages, commands that work, flags and paths that exist.
 
-A fenced bash block is run when the line above it is `<!-- run -->`; all such blocks run in order, those of the front page
-first, in one copy of the repository. The annotated tree is the block below `<!-- tree -->`.
+A fenced bash block is run when the line above it is `<!-- run -->`; all such blocks run in order, those of the front
+page first, in one copy of the repository. The annotated tree is the block below `<!-- tree -->`.
 """
 
 import functools
