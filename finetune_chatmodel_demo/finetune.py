@@ -15,7 +15,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from finetune_chatmodel_demo.training.arguments import SettingsError
+from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.training.command_line import build_parser, parse_given, quick_help
 from finetune_chatmodel_demo.training.pasted import describe_lost_lines
 
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; --resume_from_checkpoint True continues from the newest checkpoint", file=sys.stderr)
         return INTERRUPTED
-    except SettingsError as error:
+    except UserError as error:
         print(f"finetune.py: error: {error}{describe_lost_lines(given)}", file=sys.stderr)
         return 1
 
@@ -69,8 +69,8 @@ def _run(given: dict[str, object], notices: list[str]) -> int:
     import torch
 
     from finetune_chatmodel_demo.conversation import RecordError
+    from finetune_chatmodel_demo.training.deciding import decide_settings
     from finetune_chatmodel_demo.training.run_trainer import NonFiniteLossError
-    from finetune_chatmodel_demo.training.settings import decide_settings
     from finetune_chatmodel_demo.training.stopping import RunStopped
     from finetune_chatmodel_demo.training.workflow import run_finetuning
 

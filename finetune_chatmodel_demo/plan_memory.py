@@ -17,7 +17,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from finetune_chatmodel_demo.training.arguments import SettingsError
+from finetune_chatmodel_demo.common.errors import UserError
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,11 +53,11 @@ def main(argv: list[str] | None = None) -> int:
         given, notices = parse_given(rest)
         for name in ("gpus", "rows", "row_tokens"):
             if getattr(options, name) is not None and getattr(options, name) < 1:
-                raise SettingsError(f"--{name} is {getattr(options, name)}; it must be at least 1")
+                raise UserError(f"--{name} is {getattr(options, name)}; it must be at least 1")
         if options.supervised is not None and options.supervised < 0:
-            raise SettingsError(f"--supervised is {options.supervised}; it must be 0 or more")
+            raise UserError(f"--supervised is {options.supervised}; it must be 0 or more")
         return _plan(given, notices, options)
-    except SettingsError as error:
+    except UserError as error:
         print(f"plan_memory.py: error: {error}", file=sys.stderr)
         return 1
 

@@ -13,8 +13,8 @@ from conftest import REPOSITORY
 from training_helpers import make_model
 
 from finetune_chatmodel_demo import finetune
+from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.training import foreign_flags, pasted
-from finetune_chatmodel_demo.training.arguments import SettingsError
 from finetune_chatmodel_demo.training.command_line import OWN_ARGUMENTS, build_parser, parse_given
 
 # The command of the users' document, character by character: comments and blanks behind its backslashes included.
@@ -101,7 +101,7 @@ def arrive(tmp_path):
 def test_the_documents_command_is_diagnosed_where_the_shell_cuts_it(arrive):
     argv = arrive(DOCUMENT)
     assert argv == ["src/train_bash.py", "--stage", "sft", " #", "训练阶段"]
-    with pytest.raises(SettingsError) as raised:
+    with pytest.raises(UserError) as raised:
         parse_given(argv)
     message = str(raised.value)
     assert message.startswith("line 2 of the command, if each flag has its line (--stage sft): a backslash must be the")
@@ -111,7 +111,7 @@ def test_the_documents_command_is_diagnosed_where_the_shell_cuts_it(arrive):
 def test_a_blank_behind_a_backslash_is_diagnosed(arrive):
     argv = arrive(DOCUMENT.replace(" # 训练阶段", ""))
     assert argv[-1] == " "
-    with pytest.raises(SettingsError, match=r"line 3 of the command, .*\(--do_train True\): a backslash .* a blank"):
+    with pytest.raises(UserError, match=r"line 3 of the command, .*\(--do_train True\): a backslash .* a blank"):
         parse_given(argv)
 
 
@@ -150,7 +150,7 @@ def test_backslashes_in_a_settings_file_become_slashes(tmp_path):
 def test_a_path_whose_backslashes_were_eaten_is_found(tmp_path, monkeypatch):
     (tmp_path / "THUDM" / "chatglm3-6b").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SettingsError, match="THUDMchatglm3-6b does not exist, but THUDM/chatglm3-6b does"):
+    with pytest.raises(UserError, match="THUDMchatglm3-6b does not exist, but THUDM/chatglm3-6b does"):
         parse_given(["--model_name_or_path", "THUDMchatglm3-6b"])
     assert parse_given(["--model_name_or_path", "THUDM"])[0] == {"model_name_or_path": "THUDM"}
     assert parse_given(["--model_name_or_path", "elsewhere"])[0] == {"model_name_or_path": "elsewhere"}
@@ -231,7 +231,7 @@ def test_the_documents_fp16_needs_a_gpu(arrive, documents_folder, capsys):
     ],
 )
 def test_a_continuation_that_is_none_is_diagnosed(arrive, command, message):
-    with pytest.raises(SettingsError, match=message):
+    with pytest.raises(UserError, match=message):
         parse_given(arrive(command))
 
 
@@ -299,12 +299,12 @@ def test_values_are_repaired_only_where_they_can_be_meant_in_one_way(argv, expec
 
 
 def test_half_a_pair_of_typographic_quotes_is_explained():
-    with pytest.raises(SettingsError, match="begins with the quotation mark “, which the shell does not know"):
+    with pytest.raises(UserError, match="begins with the quotation mark “, which the shell does not know"):
         parse_given(["--run_name", "“my", "run”"])
 
 
 def test_an_unknown_flag_with_wide_dashes_gets_its_did_you_mean():
-    with pytest.raises(SettingsError, match="did you mean --lora_rank"):
+    with pytest.raises(UserError, match="did you mean --lora_rank"):
         parse_given(["——lora_ranck", "8"])
 
 
@@ -343,7 +343,7 @@ def test_the_start_of_another_command_in_front_of_a_settings_file(tmp_path):
     ],
 )
 def test_other_programs_are_named(argv, message):
-    with pytest.raises(SettingsError, match=message):
+    with pytest.raises(UserError, match=message):
         parse_given(argv)
 
 
@@ -443,7 +443,7 @@ def test_flags_without_effect_are_named(name):
     ],
 )
 def test_flags_that_would_change_the_run_are_refused(name):
-    with pytest.raises(SettingsError, match=f"^--{name} is not used here: "):
+    with pytest.raises(UserError, match=f"^--{name} is not used here: "):
         parse_given([f"--{name}", "something"])
     given, notices = parse_given([f"--{name}", "False"])
     assert given == {} and notices == [f"--{name} False has no effect: so it is here anyway"]
@@ -481,7 +481,7 @@ def test_the_tables_hold_no_flag_of_our_own():
     ],
 )
 def test_mistakes_get_a_suggestion(argv, message):
-    with pytest.raises(SettingsError, match=message):
+    with pytest.raises(UserError, match=message):
         parse_given(argv)
 
 

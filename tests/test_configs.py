@@ -12,7 +12,8 @@ from training_helpers import read_log
 from finetune_chatmodel_demo import finetune
 from finetune_chatmodel_demo.conversation.registry import choose_entries, find_dataset_dir, read_registry
 from finetune_chatmodel_demo.training.command_line import build_parser, parse_given
-from finetune_chatmodel_demo.training.settings import Settings, decide_settings
+from finetune_chatmodel_demo.training.deciding import decide_settings
+from finetune_chatmodel_demo.training.settings import Settings
 
 CONFIGS = REPOSITORY / "finetune_chatmodel_demo" / "configs"
 METHODS = ("ptuning", "lora", "freeze", "full")

@@ -19,7 +19,7 @@ from finetune_chatmodel_demo.chatglm3 import load_model
 from finetune_chatmodel_demo.chatglm3.adapters import load_adapter
 from finetune_chatmodel_demo.training import checkpoints, workflow
 from finetune_chatmodel_demo.training.command_line import parse_given
-from finetune_chatmodel_demo.training.settings import decide_settings
+from finetune_chatmodel_demo.training.deciding import decide_settings
 from finetune_chatmodel_demo.training.stages import ppo_rollouts, ppo_settings, ppo_updating
 from finetune_chatmodel_demo.training.stages.ppo_policy import ReplyRows, build_rows
 from finetune_chatmodel_demo.training.stages.ppo_watch import RolloutWatch

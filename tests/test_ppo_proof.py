@@ -20,7 +20,7 @@ from finetune_chatmodel_demo.generation.replies import read_reply
 from finetune_chatmodel_demo.generation.session import build_settings
 from finetune_chatmodel_demo.training import workflow
 from finetune_chatmodel_demo.training.command_line import parse_given
-from finetune_chatmodel_demo.training.settings import decide_settings
+from finetune_chatmodel_demo.training.deciding import decide_settings
 from finetune_chatmodel_demo.training.stages.ppo_rollouts import write_replies
 
 DATASETS = REPOSITORY / "data_processing" / "datasets"

@@ -8,7 +8,7 @@ import torch
 
 from finetune_chatmodel_demo.chatglm3 import load_model
 from finetune_chatmodel_demo.chatglm3.adapters import add_adapter, load_adapter, save_adapter
-from finetune_chatmodel_demo.training.arguments import SettingsError
+from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.training.stages.ppo_rewards import (
     RewardError,
     RewardFunction,
@@ -91,7 +91,7 @@ def test_what_is_no_reward_model_is_refused(model, reward_adapter, tmp_path):
         (tmp_path / "empty", r"is no model and no adapter: it has no config.json \(found: nothing\)"),
         (tmp_path / "nowhere", r"it has no config.json \(found: no such folder\)"),
     ):
-        with pytest.raises(SettingsError, match=message):
+        with pytest.raises(UserError, match=message):
             load_reward_model(folder, dtype=torch.float32, device=CPU)
     assert check_reward_model(reward_adapter) == model
 
@@ -164,13 +164,13 @@ def test_numbers_of_other_libraries_are_numbers(write, tokenizer):
     ],
 )
 def test_files_without_the_function_are_explained(write, body, name, message):
-    with pytest.raises(SettingsError, match=message):
+    with pytest.raises(UserError, match=message):
         load_function(write(body, name))
 
 
 def test_the_form_of_the_reference_is_checked(tmp_path):
     for reference in ("rewards.py", "rewards:score", ":score", "rewards.py:"):
-        with pytest.raises(SettingsError, match=r"is not of the form FILE\.py:NAME"):
+        with pytest.raises(UserError, match=r"is not of the form FILE\.py:NAME"):
             load_function(reference)
-    with pytest.raises(SettingsError, match=re.escape(f"{tmp_path / 'none.py'} does not exist")):
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'none.py'} does not exist")):
         load_function(f"{tmp_path / 'none.py'}:score")

@@ -15,13 +15,14 @@ from conversation_helpers import assistant, conversation, user, write_jsonl
 from training_helpers import flags, read_log, train, write_conversations
 
 from finetune_chatmodel_demo.chatglm3 import load_model
+from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.conversation.arguments import DataArguments
 from finetune_chatmodel_demo.conversation.datasets import build_dataset
 from finetune_chatmodel_demo.conversation.records import read_records
 from finetune_chatmodel_demo.conversation.rendering import render_prompt
 from finetune_chatmodel_demo.generation.batch import generate_batch
 from finetune_chatmodel_demo.training import text_scores
-from finetune_chatmodel_demo.training.arguments import GenerationArguments, SettingsError
+from finetune_chatmodel_demo.training.arguments import GenerationArguments
 from finetune_chatmodel_demo.training.prediction import choose_answer_length, run_prediction, take_last_reply
 
 has_packages = all(importlib.util.find_spec(name) for name in text_scores.PACKAGES)
@@ -120,7 +121,7 @@ def test_the_packages_are_quiet_and_imported_only_when_needed():
 
 def test_a_missing_package_is_one_clear_error(monkeypatch):
     monkeypatch.setattr(text_scores.importlib.util, "find_spec", lambda name: None if name != "nltk" else object())
-    with pytest.raises(SettingsError, match=r"with jieba, rouge-chinese: pip install jieba rouge-chinese$"):
+    with pytest.raises(UserError, match=r"with jieba, rouge-chinese: pip install jieba rouge-chinese$"):
         text_scores.check_packages()
 
 
@@ -231,12 +232,12 @@ def test_answers_stay_inside_the_models_context(tokenizer, caplog):
     small = SimpleNamespace(config=SimpleNamespace(seq_length=20))
     exercises = [SimpleNamespace(prompt_ids=[1] * length) for length in (4, 12)]
     assert choose_answer_length(small, exercises, make_settings(8)) == 8
-    with pytest.raises(SettingsError, match=r"longest prompt has 12 tokens, .* --max_new_tokens 9 does not fit"):
+    with pytest.raises(UserError, match=r"longest prompt has 12 tokens, .* --max_new_tokens 9 does not fit"):
         choose_answer_length(small, exercises, make_settings(9))
     with caplog.at_level(logging.INFO):
         assert choose_answer_length(small, exercises, make_settings(512, given=())) == 8
     assert "answers have at most 8 tokens" in caplog.text
-    with pytest.raises(SettingsError, match="does not fit"):
+    with pytest.raises(UserError, match="does not fit"):
         choose_answer_length(small, [SimpleNamespace(prompt_ids=[1] * 20)], make_settings(512, given=()))
 
 

@@ -7,10 +7,10 @@ from training_helpers import decide, flags, train
 
 from finetune_chatmodel_demo.chatglm3 import load_model, load_tokenizer, read_prefix_config
 from finetune_chatmodel_demo.chatglm3.prefix_start import encode_start, keys_and_values, start_prefix_as
+from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.training import methods
-from finetune_chatmodel_demo.training.arguments import SettingsError
 from finetune_chatmodel_demo.training.command_line import parse_given
-from finetune_chatmodel_demo.training.settings import decide_settings
+from finetune_chatmodel_demo.training.deciding import decide_settings
 
 TEXT = "妙蛙种子的属性是草、毒。"
 
@@ -135,7 +135,7 @@ def test_contradictions_are_refused(options, message, model, data, tmp_path, cap
 
 def test_an_empty_text_is_refused(model, data, tmp_path):
     given, notices = parse_given(flags(model, data, tmp_path / "o", pre_seq_len=4))
-    with pytest.raises(SettingsError, match="--prefix_init_text is empty"):
+    with pytest.raises(UserError, match="--prefix_init_text is empty"):
         decide_settings(given | {"prefix_init_text": " "}, notices)
 
 

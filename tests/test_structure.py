@@ -10,8 +10,10 @@ import pytest
 from conftest import REPOSITORY
 
 DEMO = "finetune_chatmodel_demo"
+ENTRY_POINTS = "entry points"  # the programs in the folder itself
 # From the top down: a room may import rooms of larger numbers; `conversation` and `chatglm3` do not know each other.
 LEVELS = {
+    ENTRY_POINTS: -1,
     "data_processing": 0,
     "training": 1,
     "evaluation": 2,
@@ -38,6 +40,12 @@ TOP_LEVEL = {
     "scripts",
     "tests",
 }
+CIRCLES_LEFT = [
+    {"callbacks", "methods", "run_trainer", "zero"},
+    {"overfitting", "overfitting_report"},
+    {"stage_data", "streaming"},
+    {"attention", "packing"},
+]
 LARGEST_FILE = 10 * 2**20
 # Put together from pieces, or this file would hold them.
 FORBIDDEN = {
@@ -66,30 +74,74 @@ def imported_modules(path: Path) -> Iterator[str]:
 
 
 def room_of(module: str) -> str | None:
-    """`finetune_chatmodel_demo.training.trainer` → training; None outside of the rooms."""
-    parts = module.removeprefix(f"{DEMO}.").split(".")
-    return parts[0] if parts[0] in LEVELS else None
+    """`finetune_chatmodel_demo.training.trainer` → training; None outside of this project."""
+    first = module.removeprefix(f"{DEMO}.").split(".")[0]
+    if first in LEVELS:
+        return first
+    return ENTRY_POINTS if module.startswith(f"{DEMO}.") and (REPOSITORY / DEMO / f"{first}.py").is_file() else None
+
+
+def files_of(room: str) -> list[Path]:
+    if room == ENTRY_POINTS:
+        return sorted((REPOSITORY / DEMO).glob("*.py"))
+    return sorted((REPOSITORY / room if room == "data_processing" else REPOSITORY / DEMO / room).rglob("*.py"))
+
+
+def file_of(module: str) -> Path | None:
+    """The product file that holds a module or a name of it."""
+    parts = module.split(".")
+    for length in range(len(parts), 0, -1):
+        path = REPOSITORY.joinpath(*parts[:length])
+        for candidate in (path.with_suffix(".py"), path / "__init__.py"):
+            if candidate.is_file():
+                return candidate
+    return None
+
+
+def find_circles(graph: dict[Path, set[Path]]) -> list[set[Path]]:
+    """Groups of files of which each reaches each other one through imports."""
+    reached: dict[Path, set[Path]] = {}
+    for start in graph:
+        found, waiting = set(), [start]
+        while waiting:
+            for other in graph[waiting.pop()] - found:
+                found.add(other)
+                waiting.append(other)
+        reached[start] = found
+    circles = []
+    for path in graph:
+        circle = {other for other in reached[path] if path in reached[other]}
+        if circle and circle not in circles:
+            circles.append(circle)
+    return circles
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """Also not within functions or for annotations: whoever changes one file of a circle has to know all."""
+    files = [path for room in LEVELS for path in files_of(room)]
+    graph = {path: {file_of(module) for module in imported_modules(path)} & {*files} - {path} for path in files}
+    circles = [{path.stem for path in circle} for circle in find_circles(graph)]
+    assert [circle for circle in circles if not any(circle <= known for known in CIRCLES_LEFT)] == []
 
 
 @pytest.mark.parametrize("room", LEVELS)
 def test_imports_point_down_only(room: str):
-    folder = REPOSITORY / room if room == "data_processing" else REPOSITORY / DEMO / room
-    files = sorted(folder.rglob("*.py"))
+    files = files_of(room)
     assert files
     for path in files:
         for module in imported_modules(path):
             other = room_of(module)
-            is_allowed = other in (None, room) or LEVELS[other] > LEVELS[room]
+            is_allowed = other is None or (other == room != ENTRY_POINTS) or LEVELS[other] > LEVELS[room]
             assert is_allowed, f"{path.relative_to(REPOSITORY)} imports {module}: {room} is not above {other}"
 
 
-def test_entry_points_are_imported_by_nobody_but_tests():
-    entries = {path.stem for path in (REPOSITORY / DEMO).glob("*.py")} - {"__init__"}
-    assert {"finetune", "inference", "inspect_data", "evaluate"} <= entries
-    for folder in (DEMO, "data_processing", "THUDM", "scripts"):
+def test_programs_elsewhere_do_not_import_entry_points():
+    assert {f"{name}.py" for name in ("finetune", "inference", "inspect_data", "evaluate")} <= {
+        path.name for path in files_of(ENTRY_POINTS)
+    }
+    for folder in ("THUDM", "scripts"):
         for path in (REPOSITORY / folder).rglob("*.py"):
-            entry_modules = {f"{DEMO}.{entry}" for entry in entries}
-            used = {module for module in imported_modules(path) if module.startswith(tuple(entry_modules))}
+            used = {module for module in imported_modules(path) if room_of(module) == ENTRY_POINTS}
             assert not used, f"{path.relative_to(REPOSITORY)} imports {used}"
 
 

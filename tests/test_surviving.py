@@ -196,7 +196,7 @@ def test_the_first_steps_are_those_that_were_trained(finished, model, data, tmp_
     rows = [row for batch in seen for row in batch]
     assert sorted(rows) == list(range(24))
     from finetune_chatmodel_demo.training.command_line import parse_given
-    from finetune_chatmodel_demo.training.settings import decide_settings
+    from finetune_chatmodel_demo.training.deciding import decide_settings
 
     given = flags(model, data, tmp_path / "x", pre_seq_len=4, max_steps=6, gradient_accumulation_steps=2)
     settings = decide_settings(*parse_given(given))

@@ -21,11 +21,12 @@ from training_helpers import (
 
 from finetune_chatmodel_demo import finetune
 from finetune_chatmodel_demo.chatglm3 import load_model, load_tokenizer, prefix, read_prefix_config
+from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.training import checkpoints, methods, run_trainer, workflow
-from finetune_chatmodel_demo.training.arguments import FULL, P_TUNING, SettingsError
+from finetune_chatmodel_demo.training.arguments import FULL, P_TUNING
 from finetune_chatmodel_demo.training.command_line import parse_given
+from finetune_chatmodel_demo.training.deciding import decide_settings
 from finetune_chatmodel_demo.training.sampling import LengthGroupedBatches
-from finetune_chatmodel_demo.training.settings import decide_settings
 
 PREFIX_FILES = {"prefix_encoder.safetensors", "pytorch_model.bin", "config.json"}
 
@@ -88,7 +89,7 @@ def test_flags_without_effect_are_named():
     ],
 )
 def test_bad_flags_are_explained(argv, message):
-    with pytest.raises(SettingsError, match=message):
+    with pytest.raises(UserError, match=message):
         parse_given(argv)
 
 
@@ -100,7 +101,7 @@ def test_settings_files_mean_the_same_as_flags(tmp_path):
     assert parse_given([str(tmp_path / "run.json")])[0] == expected
     assert parse_given([str(tmp_path / "run.json"), "--pre_seq_len", "16"])[0]["pre_seq_len"] == 16
     (tmp_path / "bad.json").write_text("[1]")
-    with pytest.raises(SettingsError, match="one mapping of flag names to values"):
+    with pytest.raises(UserError, match="one mapping of flag names to values"):
         parse_given([str(tmp_path / "bad.json")])
 
 
@@ -128,15 +129,15 @@ def test_defaults_depend_on_the_method(model, data, tmp_path):
 
 
 def test_a_gpu_turns_on_bf16_and_gradient_checkpointing(monkeypatch):
-    from finetune_chatmodel_demo.training import settings
+    from finetune_chatmodel_demo.training import deciding
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
-    assert settings._default_precision({}) == {"bf16": True}
-    assert settings._default_precision({"fp16": True}) == {}
-    assert settings._default_precision({"use_cpu": True}) == {}
+    assert deciding._default_precision({}) == {"bf16": True}
+    assert deciding._default_precision({"fp16": True}) == {}
+    assert deciding._default_precision({"use_cpu": True}) == {}
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    assert settings._default_precision({}) == {"fp16": True}
+    assert deciding._default_precision({}) == {"fp16": True}
 
 
 @pytest.mark.parametrize(
@@ -237,7 +238,7 @@ def test_checkpoints_of_the_first_versions_are_read(tmp_path):
     manifest.write_text(json.dumps({"step": 3, "method": "P-Tuning v2", "files": {"optimizer.pt": 10}}))
     assert checkpoints.read_whole_checkpoint(tmp_path / "checkpoint-3")["step"] == 3
     (tmp_path / "checkpoint-3" / "optimizer.pt").write_bytes(bytes(9))
-    with pytest.raises(SettingsError, match="has 9 bytes, expected 10 bytes"):
+    with pytest.raises(UserError, match="has 9 bytes, expected 10 bytes"):
         checkpoints.read_whole_checkpoint(tmp_path / "checkpoint-3")
 
 
@@ -257,7 +258,7 @@ def test_only_whole_checkpoints_are_found(tmp_path):
         (missing, "sub/state.json is missing, expected 2"),
         (unlisted, "has no checkpoint_manifest.json"),
     ):
-        with pytest.raises(SettingsError, match=message):
+        with pytest.raises(UserError, match=message):
             checkpoints.read_whole_checkpoint(folder)
 
 

@@ -20,7 +20,8 @@ from finetune_chatmodel_demo.chatglm3.adapters import load_adapter
 from finetune_chatmodel_demo.chatglm3.loading import load_tokenizer
 from finetune_chatmodel_demo.training import checkpoints
 from finetune_chatmodel_demo.training.command_line import parse_given
-from finetune_chatmodel_demo.training.settings import Settings, decide_settings
+from finetune_chatmodel_demo.training.deciding import decide_settings
+from finetune_chatmodel_demo.training.settings import Settings
 
 ROWS = 24
 DIE = """

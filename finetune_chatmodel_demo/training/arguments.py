@@ -12,10 +12,6 @@ GROUP_BY_LENGTH = "group_by_length"
 P_TUNING, LORA, FREEZE, FULL = "ptuning", "lora", "freeze", "full"
 
 
-class SettingsError(ValueError):
-    """The settings of a run contradict each other or the files that they name."""
-
-
 @dataclass
 class ModelArguments:
     """Which model is trained, and what its prefix is like."""

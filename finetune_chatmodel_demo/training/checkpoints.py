@@ -13,7 +13,7 @@ import re
 import shutil
 from pathlib import Path
 
-from finetune_chatmodel_demo.training.arguments import SettingsError
+from finetune_chatmodel_demo.common.errors import UserError
 
 MANIFEST = "checkpoint_manifest.json"
 PARTIAL_PREFIX = ".partial-"
@@ -84,18 +84,18 @@ def read_manifest(folder: str | Path) -> dict[str, object]:
     """Returns the manifest of a checkpoint, whose files are not looked at.
 
     Raises:
-        SettingsError: when there is none; the message says why.
+        UserError: when there is none; the message says why.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise SettingsError(f"the checkpoint {folder} does not exist")
+        raise UserError(f"the checkpoint {folder} does not exist")
     if not (folder / MANIFEST).is_file():
-        raise SettingsError(f"the checkpoint {folder} has no {MANIFEST}: it was not finished, or not written here")
+        raise UserError(f"the checkpoint {folder} has no {MANIFEST}: it was not finished, or not written here")
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         dict(manifest["files"])
     except (ValueError, KeyError, TypeError) as error:
-        raise SettingsError(f"{folder / MANIFEST} cannot be read: {error!r}") from error
+        raise UserError(f"{folder / MANIFEST} cannot be read: {error!r}") from error
     return manifest
 
 
@@ -103,7 +103,7 @@ def read_whole_checkpoint(folder: str | Path) -> dict[str, object]:
     """Returns the manifest of a checkpoint after comparing every byte of it.
 
     Raises:
-        SettingsError: when the checkpoint is not whole; the message says why.
+        UserError: when the checkpoint is not whole; the message says why.
     """
     folder, manifest = Path(folder), read_manifest(folder)
     for name, expected in manifest["files"].items():
@@ -113,9 +113,9 @@ def read_whole_checkpoint(folder: str | Path) -> dict[str, object]:
         found = path.stat().st_size if path.is_file() else None
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes"
-            raise SettingsError(f"the checkpoint {folder} is damaged: {name} {state}, expected {size} bytes")
+            raise UserError(f"the checkpoint {folder} is damaged: {name} {state}, expected {size} bytes")
         if digest is not None and (other := hash_file(path)) != digest:
-            raise SettingsError(
+            raise UserError(
                 f"the checkpoint {folder} is damaged: the SHA-256 of {name} is {other[:12]}…, expected {digest[:12]}…"
             )
     return manifest
@@ -144,7 +144,7 @@ def find_last_checkpoint(output_dir: str | Path) -> Path | None:
     for checkpoint in reversed(list_checkpoints(output_dir)):
         try:
             read_whole_checkpoint(checkpoint)
-        except SettingsError as error:
+        except UserError as error:
             logger.warning("passing over a checkpoint: %s", error)
             continue
         return checkpoint

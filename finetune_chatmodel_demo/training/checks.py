@@ -6,10 +6,10 @@ import os
 import shutil
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
+from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.conversation.arguments import DataArguments
 from finetune_chatmodel_demo.conversation.stage_data import check_flags
 from finetune_chatmodel_demo.generation.errors import UsageError
@@ -20,15 +20,12 @@ from finetune_chatmodel_demo.training.arguments import (
     LORA,
     P_TUNING,
     ModelArguments,
-    SettingsError,
     StageArguments,
 )
 from finetune_chatmodel_demo.training.counts import check_counts
 from finetune_chatmodel_demo.training.evaluation_checks import check_evaluation, check_overfit_check
+from finetune_chatmodel_demo.training.settings import Settings, trains
 from finetune_chatmodel_demo.training.zero_config import find_stale_locks, read_stage
-
-if TYPE_CHECKING:
-    from finetune_chatmodel_demo.training.settings import Settings
 
 # Flags that mean something for one method only → how to choose it.
 FLAGS_OF_METHOD = {
@@ -76,15 +73,15 @@ def check_files(
     """Files and folders that must be there.
 
     Raises:
-        SettingsError: for the first that is missing.
+        UserError: for the first that is missing.
     """
     _check_data(data, stage, given)
     if not model.model_name_or_path:
-        raise SettingsError("--model_name_or_path is missing: the folder of the base model, e.g. THUDM/chatglm3-6b")
+        raise UserError("--model_name_or_path is missing: the folder of the base model, e.g. THUDM/chatglm3-6b")
     folder = Path(model.model_name_or_path)
     if not (folder / "config.json").is_file():
         if folder.is_dir() or folder.is_absolute() or len(folder.parts) != 2:
-            raise SettingsError(
+            raise UserError(
                 f"--model_name_or_path {folder} is not a folder with a config.json; THUDM/README.md says how to get "
                 "the weights"
             )
@@ -92,14 +89,14 @@ def check_files(
     try:
         check_model_folder(folder)
     except UsageError as error:
-        raise SettingsError(f"--model_name_or_path: {error}") from error
+        raise UserError(f"--model_name_or_path: {error}") from error
     if given.get("output_dir"):
         _check_output(Path(str(given["output_dir"])))
     elif not given.get("overfit_check"):
-        raise SettingsError("--output_dir is missing: the folder for checkpoints and the result")
+        raise UserError("--output_dir is missing: the folder for checkpoints and the result")
     deepspeed = given.get("deepspeed")
     if deepspeed and isinstance(deepspeed, str) and deepspeed[0] != "{" and not Path(deepspeed).is_file():
-        raise SettingsError(
+        raise UserError(
             f"--deepspeed {deepspeed} does not exist (the current folder is {Path.cwd()}); "
             "finetune_chatmodel_demo/configs has ds_zero2.json, ds_zero3.json and both with _offload"
         )
@@ -109,37 +106,32 @@ def _check_output(folder: Path) -> None:
     """Hours of training for a result that cannot be written: the folder, or what it will be made in, must be ours."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not there.is_dir():
-        raise SettingsError(f"--output_dir {folder} cannot be written to: {there} is no folder; choose another one")
+        raise UserError(f"--output_dir {folder} cannot be written to: {there} is no folder; choose another one")
     if not os.access(there, os.W_OK):
-        raise SettingsError(f"--output_dir {folder} cannot be written to: {there} is read-only; choose another one")
+        raise UserError(f"--output_dir {folder} cannot be written to: {there} is read-only; choose another one")
 
 
 def _check_data(data: DataArguments, stage: str, given: dict[str, object]) -> None:
     for flag in ("train_file", "validation_file"):
         path = getattr(data, flag)
         if path and not Path(path).is_file():
-            raise SettingsError(f"--{flag} {path} does not exist (the current folder is {Path.cwd()})")
+            raise UserError(f"--{flag} {path} does not exist (the current folder is {Path.cwd()})")
     if data.tokenized_cache and Path(data.tokenized_cache).is_file():
-        raise SettingsError(f"--tokenized_cache {data.tokenized_cache} is a file; give a folder, new or not")
+        raise UserError(f"--tokenized_cache {data.tokenized_cache} is a file; give a folder, new or not")
     try:
         check_flags(data, stage, needs_train=trains(given))
     except ValueError as error:
-        raise SettingsError(str(error)) from error
+        raise UserError(str(error)) from error
 
 
-def trains(given: dict[str, object]) -> bool:
-    """Commands without any of --do_train, --do_eval and --do_predict train, as the original demo's do."""
-    return bool(given.get("do_train") or not (given.get("do_eval") or given.get("do_predict")))
-
-
-def check_settings(settings: "Settings") -> None:
+def check_settings(settings: Settings) -> None:
     """Combinations of method, stage, data and hardware.
 
     Args:
         settings: decided but for `training` and `checkpoint`, which are None. Notices are added to it.
 
     Raises:
-        SettingsError: for the first combination that cannot work.
+        UserError: for the first combination that cannot work.
     """
     check_counts(settings.given)
     _tell_of_no_training(settings)
@@ -154,68 +146,68 @@ def check_settings(settings: "Settings") -> None:
     check_overfit_check(settings)
 
 
-def _tell_of_no_training(settings: "Settings") -> None:
+def _tell_of_no_training(settings: Settings) -> None:
     lengths = [flag for flag in ("max_steps", "num_train_epochs") if settings.given.get(flag)]
     if lengths and not trains(settings.given):
         settings.notices.append(f"--{lengths[0]} without --do_train True: nothing is trained; add it to train first")
 
 
-def _check_method(settings: "Settings") -> None:
+def _check_method(settings: Settings) -> None:
     model, method, given = settings.model, settings.method, settings.given
     if model.ptuning_checkpoint and not (Path(model.ptuning_checkpoint) / "config.json").is_file():
-        raise SettingsError(
+        raise UserError(
             f"--ptuning_checkpoint {model.ptuning_checkpoint} is not a folder with a config.json; "
             "give the --output_dir of a finished run of P-Tuning v2, or leave the flag out for a new prefix"
         )
     if model.prefix_init_std <= 0:
-        raise SettingsError(f"--prefix_init_std is {model.prefix_init_std}; give a number above 0")
+        raise UserError(f"--prefix_init_std is {model.prefix_init_std}; give a number above 0")
     _check_prefix_start(model, given)
     for owner, flags in FLAGS_OF_METHOD.items():
         for flag in flags:
             if owner != method and given.get(flag):
-                raise SettingsError(
+                raise UserError(
                     f"--{flag} belongs to {HOW_TO_CHOOSE[owner]} (this run trains {settings.method_title}), or drop it"
                 )
 
 
 def _check_prefix_start(model: ModelArguments, given: dict[str, object]) -> None:
     if model.prefix_dropout is not None and not 0 <= model.prefix_dropout < 1:
-        raise SettingsError(f"--prefix_dropout is {model.prefix_dropout}; give a share from 0 to below 1, e.g. 0.1")
+        raise UserError(f"--prefix_dropout is {model.prefix_dropout}; give a share from 0 to below 1, e.g. 0.1")
     text = model.prefix_init_text
     if text is None:
         return
     if model.prefix_projection:
-        raise SettingsError(
+        raise UserError(
             "--prefix_init_text with --prefix_projection: an MLP computes the prefix, which cannot start as a text; "
             "drop one of the two"
         )
     if model.ptuning_checkpoint:
-        raise SettingsError("--prefix_init_text is for a new prefix, --ptuning_checkpoint has one; drop one of the two")
+        raise UserError("--prefix_init_text is for a new prefix, --ptuning_checkpoint has one; drop one of the two")
     if "prefix_init_std" in given:
-        raise SettingsError("--prefix_init_std is of a random prefix, --prefix_init_text takes a text's; drop one")
+        raise UserError("--prefix_init_std is of a random prefix, --prefix_init_text takes a text's; drop one")
     if not text.strip():
-        raise SettingsError("--prefix_init_text is empty; give a file, or some words")
+        raise UserError("--prefix_init_text is empty; give a file, or some words")
     if Path(text).suffix in TEXT_FILE_ENDINGS and len(text) < 260 and not Path(text).is_file():
-        raise SettingsError(f"--prefix_init_text {text} does not exist (the current folder is {Path.cwd()})")
+        raise UserError(f"--prefix_init_text {text} does not exist (the current folder is {Path.cwd()})")
 
 
-def _check_stage(settings: "Settings") -> None:
+def _check_stage(settings: Settings) -> None:
     stage, given = settings.stage.stage, settings.given
     for owner, flags in FLAGS_OF_STAGE.items():
         for flag in flags:
             if owner != stage and given.get(flag) is not None:
-                raise SettingsError(f"--{flag} belongs to --stage {owner}, and this run's stage is {stage}; drop it")
+                raise UserError(f"--{flag} belongs to --stage {owner}, and this run's stage is {stage}; drop it")
     if given.get("ref_model") and stage not in ("dpo", "ppo"):
-        raise SettingsError(f"--ref_model belongs to --stage dpo or ppo, and this run's stage is {stage}; drop it")
+        raise UserError(f"--ref_model belongs to --stage dpo or ppo, and this run's stage is {stage}; drop it")
     if stage == "rm" and settings.method == P_TUNING:
-        raise SettingsError(
+        raise UserError(
             "--stage rm trains a score head, which a prefix checkpoint has no place for; use --finetuning_type lora, "
             "freeze or full"
         )
     if given.get("do_predict") and stage != "sft":
-        raise SettingsError(f"--do_predict writes answers, which --stage {stage} does not train; use it with sft")
+        raise UserError(f"--do_predict writes answers, which --stage {stage} does not train; use it with sft")
     if not 0 <= settings.stage.center_rewards_coefficient < math.inf:
-        raise SettingsError(
+        raise UserError(
             f"--center_rewards_coefficient is {settings.stage.center_rewards_coefficient:g}; it must be 0 or more"
         )
     if stage == "dpo":
@@ -228,28 +220,28 @@ def _check_stage(settings: "Settings") -> None:
         check_ppo_settings(settings)
 
 
-def _check_quantization(settings: "Settings") -> None:
+def _check_quantization(settings: Settings) -> None:
     bits = settings.model.quantization_bit
     if not bits:
         return
     if settings.method in (FREEZE, FULL):
-        raise SettingsError(
+        raise UserError(
             f"--quantization_bit {bits} cannot train {settings.method_title}; add --pre_seq_len for P-Tuning v2 or "
             "--finetuning_type lora, or drop --quantization_bit"
         )
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise SettingsError("--quantization_bit needs the package bitsandbytes: pip install bitsandbytes")
+        raise UserError("--quantization_bit needs the package bitsandbytes: pip install bitsandbytes")
 
 
-def _check_deepspeed(settings: "Settings") -> None:
+def _check_deepspeed(settings: Settings) -> None:
     if not settings.given.get("deepspeed"):
         return
     if settings.stage.stage not in ("pt", "sft"):
-        raise SettingsError(f"--deepspeed works with --stage pt and sft, not with {settings.stage.stage}; drop it")
+        raise UserError(f"--deepspeed works with --stage pt and sft, not with {settings.stage.stage}; drop it")
     if importlib.util.find_spec("deepspeed") is None:
-        raise SettingsError("--deepspeed needs the package deepspeed: pip install deepspeed")
+        raise UserError("--deepspeed needs the package deepspeed: pip install deepspeed")
     if not trains(settings.given):
-        raise SettingsError("--deepspeed shares out what training needs, and this run does not train; drop it")
+        raise UserError("--deepspeed shares out what training needs, and this run does not train; drop it")
     settings.notices.extend(
         f"{lock} is left of a build that did not end, and DeepSpeed will wait for it; if no other run is building now, "
         "remove this file"
@@ -264,22 +256,22 @@ def _check_deepspeed(settings: "Settings") -> None:
         )
 
 
-def _check_zero3(settings: "Settings") -> None:
+def _check_zero3(settings: Settings) -> None:
     """No process has a whole weight, but for the moment in which all of them compute with it."""
     if settings.compiles_elementwise:
-        raise SettingsError("--torch_compile with ZeRO-3 is not supported: its weights come and go; drop it")
+        raise UserError("--torch_compile with ZeRO-3 is not supported: its weights come and go; drop it")
     if settings.model.quantization_bit:
-        raise SettingsError(
+        raise UserError(
             "--quantization_bit with ZeRO-3: quantized weights cannot be shared out; use ds_zero2, or torchrun alone"
         )
     if settings.model.prefix_init_text:
-        raise SettingsError(
+        raise UserError(
             "--prefix_init_text with ZeRO-3: the text's keys and values are computed before the training, when no "
             "process has whole weights; use ds_zero2, or torchrun alone"
         )
     for flag in ("do_predict", "eval_questions"):
         if settings.given.get(flag):
-            raise SettingsError(
+            raise UserError(
                 f"--{flag} with ZeRO-3: processes that write replies of different lengths would wait for each other's "
                 "weights forever; use ds_zero2, or ask the result without --deepspeed"
             )
@@ -287,52 +279,50 @@ def _check_zero3(settings: "Settings") -> None:
 
 def _check_unsupported(given: dict[str, object]) -> None:
     if given.get("bf16") and given.get("fp16"):
-        raise SettingsError("--bf16 and --fp16 exclude each other; give one, or neither (the hardware decides)")
+        raise UserError("--bf16 and --fp16 exclude each other; give one, or neither (the hardware decides)")
     if given.get("fp16") and not has_gpu(given):
-        raise SettingsError("--fp16 needs a GPU, and there is none; drop --fp16 (or use --bf16)")
+        raise UserError("--fp16 needs a GPU, and there is none; drop --fp16 (or use --bf16)")
     if given.get("label_smoothing_factor"):
-        raise SettingsError("--label_smoothing_factor needs the logits of every position, which are not computed")
+        raise UserError("--label_smoothing_factor needs the logits of every position, which are not computed")
     if given.get("push_to_hub"):
-        raise SettingsError("--push_to_hub is not supported; upload the folder --output_dir when it is finished")
+        raise UserError("--push_to_hub is not supported; upload the folder --output_dir when it is finished")
     for flag in ("torch_compile_backend", "torch_compile_mode"):
         if given.get(flag):
-            raise SettingsError(f"--{flag} is not supported; --torch_compile True fuses the element-wise operations")
+            raise UserError(f"--{flag} is not supported; --torch_compile True fuses the element-wise operations")
     if given.get("torch_compile"):
         _check_compiler(given)
     if given.get("fsdp"):
-        raise SettingsError("--fsdp is not supported; use --deepspeed finetune_chatmodel_demo/configs/ds_zero2.json")
+        raise UserError("--fsdp is not supported; use --deepspeed finetune_chatmodel_demo/configs/ds_zero2.json")
 
 
 def _check_compiler(given: dict[str, object]) -> None:
     if has_gpu(given):
         if importlib.util.find_spec("triton") is None:
-            raise SettingsError("--torch_compile needs the package triton on a GPU: pip install triton; or drop it")
+            raise UserError("--torch_compile needs the package triton on a GPU: pip install triton; or drop it")
     elif shutil.which(os.environ.get("CXX", "g++")) is None:
-        raise SettingsError(
-            "--torch_compile needs a C++ compiler on a CPU (g++, or the one that CXX names); or drop it"
-        )
+        raise UserError("--torch_compile needs a C++ compiler on a CPU (g++, or the one that CXX names); or drop it")
 
 
-def _check_streaming(settings: "Settings") -> None:
+def _check_streaming(settings: Settings) -> None:
     if not settings.data.streaming:
         return
     if settings.given.get("max_steps", -1) <= 0:
-        raise SettingsError("--streaming does not know how many rows there are; say how long to train: --max_steps N")
+        raise UserError("--streaming does not know how many rows there are; say how long to train: --max_steps N")
     if settings.stage.stage not in STREAMING_STAGES:
-        raise SettingsError(f"--streaming works with --stage pt and sft, not with {settings.stage.stage}; drop it")
+        raise UserError(f"--streaming works with --stage pt and sft, not with {settings.stage.stage}; drop it")
     if 0 < settings.data.val_size < 1:
-        raise SettingsError("--streaming cannot split off a share; give --val_size as a number of rows, e.g. 100")
+        raise UserError("--streaming cannot split off a share; give --val_size as a number of rows, e.g. 100")
 
 
-def _check_packing(settings: "Settings") -> None:
+def _check_packing(settings: Settings) -> None:
     if not settings.data.packing:
         return
     if settings.stage.stage == "pt":
-        raise SettingsError("--packing is for conversations; --stage pt always fills its blocks: drop it")
+        raise UserError("--packing is for conversations; --stage pt always fills its blocks: drop it")
     if settings.stage.stage != "sft":
-        raise SettingsError(f"--packing works with --stage sft, not with {settings.stage.stage}; drop it")
+        raise UserError(f"--packing works with --stage sft, not with {settings.stage.stage}; drop it")
     if settings.data.streaming:
-        raise SettingsError("--packing groups rows by their lengths, which --streaming does not know; drop one of them")
+        raise UserError("--packing groups rows by their lengths, which --streaming does not know; drop one of them")
 
 
 def has_gpu(given: dict[str, object]) -> bool:

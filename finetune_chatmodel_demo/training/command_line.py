@@ -13,13 +13,13 @@ import re
 from dataclasses import MISSING, fields
 from pathlib import Path
 
+from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.conversation.arguments import DataArguments
 from finetune_chatmodel_demo.training.arguments import (
     GenerationArguments,
     MethodArguments,
     ModelArguments,
     RunArguments,
-    SettingsError,
     StageArguments,
 )
 from finetune_chatmodel_demo.training.foreign_flags import RENAMED, REPLACED, WITHOUT_EFFECT, translate_flag
@@ -96,7 +96,7 @@ def parse_given(argv: list[str]) -> tuple[dict[str, object], list[str]]:
         The options that were given, converted to their types, and notices about what was repaired, or has no effect.
 
     Raises:
-        SettingsError: for an unknown flag, a value that cannot be converted, or a command line that arrived damaged.
+        UserError: for an unknown flag, a value that cannot be converted, or a command line that arrived damaged.
     """
     parser = build_parser()
     known = {name.replace("-", "_") for action in parser._actions for name in _names(action)}
@@ -106,7 +106,7 @@ def parse_given(argv: list[str]) -> tuple[dict[str, object], list[str]]:
     argv = _translate_flags(argv, notices)
     values, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise SettingsError(_describe_unknown(unknown[0], parser))
+        raise UserError(_describe_unknown(unknown[0], parser))
     return vars(values), notices
 
 
@@ -116,7 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     class Parser(HfArgumentParser):
         def error(self, message: str) -> None:
-            raise SettingsError(message + _suggest_choice(message, self))
+            raise UserError(message + _suggest_choice(message, self))
 
     parser = Parser((*OWN_ARGUMENTS.values(), TrainingArguments), prog="finetune.py", allow_abbrev=False)
     for action in parser._actions:
@@ -180,16 +180,16 @@ def _flags_of_file(path: Path) -> list[str]:
     (YAML reads `2e-2` as text, for instance; as a flag's value it is a number.)
     """
     if not path.is_file():
-        raise SettingsError(f"the settings file {path} does not exist")
+        raise UserError(f"the settings file {path} does not exist")
     import yaml
 
     try:
         text = path.read_text(encoding="utf-8-sig")
         settings = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError) as error:
-        raise SettingsError(f"{path} cannot be read as {path.suffix[1:].upper()}: {error}") from error
+        raise UserError(f"{path} cannot be read as {path.suffix[1:].upper()}: {error}") from error
     if not isinstance(settings, dict):
-        raise SettingsError(f"{path} holds a {type(settings).__name__}; write one mapping of flag names to values")
+        raise UserError(f"{path} holds a {type(settings).__name__}; write one mapping of flag names to values")
     flags: list[str] = []
     for name, value in settings.items():
         if value is None:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from finetune_chatmodel_demo.training.arguments import SettingsError
+from finetune_chatmodel_demo.common.errors import UserError
 
 COUNTS = (
     "per_device_train_batch_size",
@@ -19,11 +19,11 @@ def check_counts(given: dict[str, Any]) -> None:
     """Checks the numbers that were given.
 
     Raises:
-        SettingsError: for the first that is too small.
+        UserError: for the first that is too small.
     """
     for name in COUNTS:
         if given.get(name) is not None and int(given[name]) < 1:
-            raise SettingsError(f"--{name} is {given[name]}; it must be at least 1")
+            raise UserError(f"--{name} is {given[name]}; it must be at least 1")
     for name in AMOUNTS:
         if given.get(name) is not None and not float(given[name]) > 0:
-            raise SettingsError(f"--{name} is {given[name]:g}; it must be above 0")
+            raise UserError(f"--{name} is {given[name]:g}; it must be above 0")

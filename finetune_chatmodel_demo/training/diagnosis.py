@@ -19,7 +19,7 @@ import torch
 from transformers import TrainerCallback
 
 from finetune_chatmodel_demo.training.arguments import P_TUNING
-from finetune_chatmodel_demo.training.settings import Settings, default_learning_rate
+from finetune_chatmodel_demo.training.settings import Settings
 from finetune_chatmodel_demo.training.trends import find_rise, find_vanished, measure_improvement
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class LearningWatch(TrainerCallback):
             learned: below this loss a run that does not improve is in order.
         """
         self.settings, self.report, self.learned = settings, report, learned
-        self.usual_rate = default_learning_rate(settings)
+        self.usual_rate = settings.usual_learning_rate
         self.warned: dict[str, str] = {}
         self.losses: list[float] = []
         self.norms: list[float] = []

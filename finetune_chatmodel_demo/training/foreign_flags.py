@@ -7,7 +7,8 @@ that no flag of our own stands in these tables.
 
 import re
 
-from finetune_chatmodel_demo.training.arguments import GROUP_BY_LENGTH, SettingsError
+from finetune_chatmodel_demo.common.errors import UserError
+from finetune_chatmodel_demo.training.arguments import GROUP_BY_LENGTH
 
 RENAMED = {
     "evaluation_strategy": "eval_strategy",
@@ -174,7 +175,7 @@ def translate_flag(name: str, values: list[str]) -> tuple[list[str] | None, str 
         The arguments to use in its place (None: the flag as it is), and a notice or None.
 
     Raises:
-        SettingsError: for a flag without which the run would be another one.
+        UserError: for a flag without which the run would be another one.
     """
     if name == GROUP_BY_LENGTH:
         return ["--train_sampling_strategy", GROUP_BY_LENGTH if _is_on(values) else "random"], None
@@ -194,7 +195,7 @@ def translate_flag(name: str, values: list[str]) -> tuple[list[str] | None, str 
     value = values[0].lower() if values else "true"
     if value in OFF or value in HARMLESS.get(name, ()):
         return [], f"--{name} {values[0]} has no effect: so it is here anyway"
-    raise SettingsError(f"--{name} is not used here: {advice}")
+    raise UserError(f"--{name} is not used here: {advice}")
 
 
 def find_replacement(name: str) -> str | None:

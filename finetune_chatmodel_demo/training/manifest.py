@@ -20,15 +20,16 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
+from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.conversation.arguments import DataArguments
 from finetune_chatmodel_demo.conversation.grouping import GroupedRows
 from finetune_chatmodel_demo.conversation.registry import choose_entries, find_dataset_dir, read_registry
 from finetune_chatmodel_demo.conversation.stage_data import build_stage_data
-from finetune_chatmodel_demo.training.arguments import SettingsError
 from finetune_chatmodel_demo.training.base_model import load_base_tokenizer
 from finetune_chatmodel_demo.training.checkpoints import hash_file
+from finetune_chatmodel_demo.training.deciding import decide_settings
 from finetune_chatmodel_demo.training.sampling import order_rows
-from finetune_chatmodel_demo.training.settings import Settings, decide_settings
+from finetune_chatmodel_demo.training.settings import Settings
 
 RUN_MANIFEST = "run_manifest.json"
 FIRST_STEPS = 8
@@ -174,7 +175,7 @@ def replay(path: str | Path) -> list[str]:
         What differs, one line each; empty: the first steps are identical.
 
     Raises:
-        SettingsError: the manifest cannot be read, or the run could not start any more.
+        UserError: the manifest cannot be read, or the run could not start any more.
     """
     manifest = read_run_manifest(path)
     settings = decide_settings(dict(manifest["options"]) | {"overwrite_output_dir": True})
@@ -182,7 +183,7 @@ def replay(path: str | Path) -> list[str]:
     try:
         data = build_stage_data(settings.data, settings.stage.stage, tokenizer, settings.training.seed)
     except ValueError as error:
-        raise SettingsError(str(error)) from error
+        raise UserError(str(error)) from error
     return compare_runs(manifest, describe_run(settings, data.train))
 
 
@@ -190,16 +191,16 @@ def read_run_manifest(path: str | Path) -> dict[str, Any]:
     """The manifest in a file, or in the folder of a run.
 
     Raises:
-        SettingsError: when there is none.
+        UserError: when there is none.
     """
     path = Path(path) / RUN_MANIFEST if Path(path).is_dir() else Path(path)
     if not path.is_file():
-        raise SettingsError(f"--replay {path}: no such file; give the --output_dir of a run that has trained")
+        raise UserError(f"--replay {path}: no such file; give the --output_dir of a run that has trained")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         manifest["options"], manifest["first_steps"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SettingsError(f"--replay {path}: no manifest of a run can be read there ({error!r})") from error
+        raise UserError(f"--replay {path}: no manifest of a run can be read there ({error!r})") from error
     return manifest
 
 

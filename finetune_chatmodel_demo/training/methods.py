@@ -24,7 +24,13 @@ from finetune_chatmodel_demo.chatglm3.lean_functions import compile_elementwise
 from finetune_chatmodel_demo.chatglm3.loading import load_model, load_tokenizer
 from finetune_chatmodel_demo.chatglm3.prefix_start import encode_start, start_prefix_as
 from finetune_chatmodel_demo.chatglm3.recomputing import set_policy
-from finetune_chatmodel_demo.training.arguments import FREEZE, FULL, LORA, P_TUNING, SettingsError
+from finetune_chatmodel_demo.common.errors import UserError
+from finetune_chatmodel_demo.training.arguments import (
+    FREEZE,
+    FULL,
+    LORA,
+    P_TUNING,
+)
 from finetune_chatmodel_demo.training.settings import Settings
 from finetune_chatmodel_demo.training.zero import connect
 
@@ -51,7 +57,7 @@ def prepare_model(settings: Settings) -> nn.Module:
         A model in evaluation mode. Trained parameters are float32, except under DeepSpeed, which keeps its own copy.
 
     Raises:
-        SettingsError: when the model, prefix or adapter cannot be loaded.
+        UserError: when the model, prefix or adapter cannot be loaded.
     """
     if settings.training.deepspeed:
         connect()
@@ -62,7 +68,7 @@ def prepare_model(settings: Settings) -> nn.Module:
         elif settings.method == FREEZE:
             _freeze(model, settings)
     except (ValueError, OSError) as error:
-        raise SettingsError(str(error)) from error
+        raise UserError(str(error)) from error
     if settings.recomputes_mlp_only:
         set_policy(model, "mlp")
     if settings.compiles_elementwise:
@@ -142,12 +148,12 @@ def _freeze(model: nn.Module, settings: Settings) -> None:
     """Leaves only the parameters of the chosen layers and modules trainable, and a score head.
 
     Raises:
-        SettingsError: for a number of layers that the model does not have, or an unknown module.
+        UserError: for a number of layers that the model does not have, or an unknown module.
     """
     tuning, layers = settings.tuning, model.model.layers
     count = tuning.freeze_trainable_layers
     if not 0 < abs(count) <= len(layers):
-        raise SettingsError(
+        raise UserError(
             f"--freeze_trainable_layers is {count}; the model has {len(layers)} layers: give 1 to {len(layers)} (the "
             f"last ones) or -1 to -{len(layers)} (the first ones)"
         )
@@ -188,7 +194,7 @@ def _find_parts(owner: Any, names: str, flag: str) -> list[nn.Module]:
         if not parts or any(part not in known for part in parts):
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(known))}"
-            raise SettingsError(f"{flag}: there is no module {name!r}; {hint}")
+            raise UserError(f"{flag}: there is no module {name!r}; {hint}")
         found += [known[part] for part in parts]
     return found
 

@@ -19,10 +19,16 @@ import torch
 from torch import nn
 from transformers import set_seed
 
+from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.conversation.collating import PadCollator
 from finetune_chatmodel_demo.conversation.records import RecordError
 from finetune_chatmodel_demo.conversation.stage_data import build_stage_data
-from finetune_chatmodel_demo.training.arguments import FREEZE, FULL, LORA, P_TUNING, SettingsError
+from finetune_chatmodel_demo.training.arguments import (
+    FREEZE,
+    FULL,
+    LORA,
+    P_TUNING,
+)
 from finetune_chatmodel_demo.training.base_model import load_base_tokenizer
 from finetune_chatmodel_demo.training.methods import prepare_model
 from finetune_chatmodel_demo.training.replies import Reply, find_replies, is_reproduced, write_replies
@@ -80,7 +86,7 @@ def run_overfit_check(settings: Settings) -> bool:
     """Trains on the first rows, reports, and returns whether all of their replies were reproduced.
 
     Raises:
-        SettingsError: when the model cannot be loaded.
+        UserError: when the model cannot be loaded.
         RecordError: for a bad record, or when no row is left to train on.
         NonFiniteLossError: when the loss is no number any more.
     """
@@ -117,7 +123,7 @@ def _read_rows(settings: Settings, tokenizer: Any) -> Any:
     except RecordError:
         raise
     except ValueError as error:
-        raise SettingsError(str(error)) from error
+        raise UserError(str(error)) from error
 
 
 def find_contradictions(rows: Any, stop_ids: Sequence[int]) -> list[Contradiction]:

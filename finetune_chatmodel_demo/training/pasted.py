@@ -13,7 +13,7 @@ import re
 import unicodedata
 from pathlib import Path
 
-from finetune_chatmodel_demo.training.arguments import SettingsError
+from finetune_chatmodel_demo.common.errors import UserError
 
 DASHES = "-‐‑‒–—―−─━﹘﹣－ー"
 QUOTES = {"“": "”", "‘": "’", "「": "」", "＂": "＂", "„": "“", "«": "»", "”": "”", "’": "’"}
@@ -68,7 +68,7 @@ def repair_arguments(argv: list[str], known: set[str]) -> tuple[list[str], list[
         The arguments, and a notice for each kind of repair.
 
     Raises:
-        SettingsError: where a part of the command is missing, or cannot be understood.
+        UserError: where a part of the command is missing, or cannot be understood.
     """
     notices: list[str] = []
     argv = _strip_line_ends(argv, notices)
@@ -99,7 +99,7 @@ def repair_values(name: str, values: list[str], notices: list[str]) -> list[str]
         notices: a notice is appended for each repair.
 
     Raises:
-        SettingsError: for a path that lost its backslashes where the real one is there.
+        UserError: for a path that lost its backslashes where the real one is there.
     """
     if name in PATH_FLAGS:
         return [_repair_path(name, value, notices) for value in values]
@@ -111,7 +111,7 @@ def repair_values(name: str, values: list[str], notices: list[str]) -> list[str]
 def _strip_line_ends(argv: list[str], notices: list[str]) -> list[str]:
     if "\r" in argv:
         place = _name_place(argv, argv.index("\r"))
-        raise SettingsError(
+        raise UserError(
             f"{place}: the script has Windows line ends (\\r), so that no backslash is the last character of its line, "
             "and the lines below never arrived; convert it: sed -i 's/\\r$//' SCRIPT.sh"
         )
@@ -129,9 +129,9 @@ def _strip_launcher(argv: list[str], notices: list[str]) -> list[str]:
     if start and any(word.endswith(("llamafactory-cli", "lmf")) for word in start) and rest[:1]:
         advice = OTHER_COMMANDS.get(rest[0])
         if advice:
-            raise SettingsError(f"{start[-1]} {rest[0]}: this program trains; {advice}")
+            raise UserError(f"{start[-1]} {rest[0]}: this program trains; {advice}")
     if rest[:1] and rest[0].endswith(".py"):
-        raise SettingsError(
+        raise UserError(
             f"{rest[0]} is a Python file; a run is a YAML or JSON file here, e.g. "
             "finetune_chatmodel_demo/configs/qlora_oasst1.yaml, or flags"
         )
@@ -147,7 +147,7 @@ def _find_broken_continuation(argv: list[str]) -> None:
     """A backslash that is followed by a blank arrives as a blank, and the shell ends the command at that line.
 
     Raises:
-        SettingsError: says where.
+        UserError: says where.
     """
     for index, item in enumerate(argv):
         is_blank = bool(item) and not item.strip(" \t")
@@ -162,7 +162,7 @@ def _find_broken_continuation(argv: list[str]) -> None:
             continue
         if not any(other.startswith("--") for other in argv[index:]):
             why += " and the lines below it never arrived"
-        raise SettingsError(
+        raise UserError(
             f"{_name_place(argv, index)}: {why}. Remove what stands behind the backslashes, and put comments above the "
             "command"
         )
@@ -216,7 +216,7 @@ def _repair_quotes(argv: list[str], notices: list[str]) -> list[str]:
             notices.append(f"{item!r}: quotation marks of a word processor are left out")
             item = head + equals + value[1:-1]
         elif closing:
-            raise SettingsError(
+            raise UserError(
                 f"{item!r} begins with the quotation mark {value[0]}, which the shell does not know; use \" or '"
             )
         result.append(item)
@@ -241,7 +241,7 @@ def _repair_path(name: str, value: str, notices: list[str]) -> str:
         return value
     meant = find_eaten_path(value)
     if meant is not None:
-        raise SettingsError(
+        raise UserError(
             f"--{name} {value} does not exist, but {meant.as_posix()} does: the shell has eaten the backslashes; write "
             "slashes"
         )

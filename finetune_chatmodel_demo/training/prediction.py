@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
+from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.conversation.rendering import IGNORED_LABEL
 from finetune_chatmodel_demo.generation.batch import generate_replies
 from finetune_chatmodel_demo.generation.replies import read_reply
-from finetune_chatmodel_demo.training.arguments import SettingsError
 from finetune_chatmodel_demo.training.run_logs import publish_text, save_results
 from finetune_chatmodel_demo.training.settings import Settings
 from finetune_chatmodel_demo.training.text_scores import mean_scores
@@ -59,7 +59,7 @@ def run_prediction(
         `predict_samples_per_second`.
 
     Raises:
-        SettingsError: for a row that leaves no room for an answer.
+        UserError: for a row that leaves no room for an answer.
     """
     started = time.monotonic()
     exercises = [take_last_reply(row, tokenizer) for row in rows]
@@ -145,14 +145,14 @@ def choose_answer_length(model: Any, exercises: Sequence[Exercise], settings: Se
     """--max_new_tokens, or less where the context of the model ends earlier and the flag was not given.
 
     Raises:
-        SettingsError: a prompt leaves no room for an answer, or less than was asked for.
+        UserError: a prompt leaves no room for an answer, or less than was asked for.
     """
     longest = max((len(exercise.prompt_ids) for exercise in exercises), default=0)
     room, wanted = model.config.seq_length - longest, settings.generation.max_new_tokens
     if wanted <= room:
         return wanted
     if room < 1 or "max_new_tokens" in settings.given:
-        raise SettingsError(
+        raise UserError(
             f"the longest prompt has {longest} tokens, and the model's context {model.config.seq_length}: "
             f"--max_new_tokens {wanted} does not fit; give a smaller number, or cut the rows with --max_seq_length"
         )

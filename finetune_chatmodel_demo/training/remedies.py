@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from finetune_chatmodel_demo.chatglm3.recomputing import POLICIES, CheckpointingPolicy
-from finetune_chatmodel_demo.training.arguments import LORA, P_TUNING, SettingsError
+from finetune_chatmodel_demo.common.errors import UserError
+from finetune_chatmodel_demo.training.arguments import LORA, P_TUNING
 from finetune_chatmodel_demo.training.memory import GIB, MemoryPlan, plan_memory
 from finetune_chatmodel_demo.training.run_shape import RunShape
 from finetune_chatmodel_demo.training.zero_config import read_zero
@@ -28,7 +29,7 @@ def read_gpu_memory(text: str) -> float:
     """Bytes that a run can use of a GPU: `24`, `24GB`, or the name of a card.
 
     Raises:
-        SettingsError: for an unknown name.
+        UserError: for an unknown name.
     """
 
     def plain(name: str) -> str:
@@ -40,7 +41,7 @@ def read_gpu_memory(text: str) -> float:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:gi?b?)?\s*", text, re.IGNORECASE)
     if found and float(found[1]) > 0:
         return float(found[1]) * GIB * USABLE_SHARE
-    raise SettingsError(f"--gpu_memory {text!r} is neither a number of GB nor one of {', '.join(GPUS)}")
+    raise UserError(f"--gpu_memory {text!r} is neither a number of GB nor one of {', '.join(GPUS)}")
 
 
 def find_remedies(shape: RunShape, limit: float) -> list[tuple[str, MemoryPlan]]:

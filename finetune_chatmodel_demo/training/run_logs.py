@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from finetune_chatmodel_demo.training.arguments import SettingsError
+from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.training.checkpoints import PARTIAL_PREFIX
 
 TRAINER_LOG = "trainer_log.jsonl"
@@ -148,12 +148,12 @@ def check_reporters(names: Sequence[str]) -> None:
     """Refuses --report_to NAME without the package, which `Trainer` would miss after the model is loaded.
 
     Raises:
-        SettingsError: names the package.
+        UserError: names the package.
     """
     for name in names:
         packages = REPORTER_PACKAGES.get(name, ())
         if packages and not any(importlib.util.find_spec(package) for package in packages):
-            raise SettingsError(f"--report_to {name} needs the package {packages[0]}: pip install {packages[0]}")
+            raise UserError(f"--report_to {name} needs the package {packages[0]}: pip install {packages[0]}")
 
 
 def save_results(folder: str | Path, split: str, metrics: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
+from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.generation.model_files import check_architecture
 from finetune_chatmodel_demo.training.arguments import (
     FREEZE,
@@ -17,7 +18,6 @@ from finetune_chatmodel_demo.training.arguments import (
     LORA,
     P_TUNING,
     MethodArguments,
-    SettingsError,
 )
 from finetune_chatmodel_demo.training.counts import check_counts
 from finetune_chatmodel_demo.training.memory import GIB, MemoryPlan, plan_memory, weight_bytes
@@ -90,7 +90,7 @@ def make_plan(
         precision: bfloat16, float16 or float32; default: by --bf16 and --fp16, bfloat16 on a GPU.
 
     Raises:
-        SettingsError: for a model or a DeepSpeed configuration that cannot be read, or a stage without a plan.
+        UserError: for a model or a DeepSpeed configuration that cannot be read, or a stage without a plan.
     """
     shape = shape_of(
         given,
@@ -147,7 +147,7 @@ def shape_of(
     """What of the flags decides memory; arguments and errors as of `make_plan`."""
     stage = str(given.get("stage", "sft"))
     if stage == "ppo":
-        raise SettingsError(
+        raise UserError(
             "there is no plan for stage ppo: the answers that it writes, its reward model and its reference decide its "
             "memory; start with the plan of --stage sft and add the weights of both models"
         )
@@ -189,12 +189,12 @@ def read_config(path: str) -> ChatGLM3Config:
     """The configuration of a model folder, or of ChatGLM3-6B for the word `6b`.
 
     Raises:
-        SettingsError: for a folder without a readable config.json.
+        UserError: for a folder without a readable config.json.
     """
     if path.lower() == OFFICIAL_6B:
         return ChatGLM3Config()
     if not (Path(path) / "config.json").is_file():
-        raise SettingsError(
+        raise UserError(
             f"--model_name_or_path {path or '(missing)'} is not a folder with a config.json; the plan needs only that "
             "file, or the word 6b for ChatGLM3-6B"
         )
@@ -202,7 +202,7 @@ def read_config(path: str) -> ChatGLM3Config:
         check_architecture(Path(path) / "config.json")
         return ChatGLM3Config.from_pretrained(path)
     except (ValueError, OSError) as error:
-        raise SettingsError(f"--model_name_or_path: {error}") from error
+        raise UserError(f"--model_name_or_path: {error}") from error
 
 
 def _prefix_length(given: dict[str, Any]) -> int:

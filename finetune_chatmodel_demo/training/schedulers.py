@@ -17,7 +17,7 @@ from transformers import TrainingArguments, get_scheduler
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import SchedulerType
 
-from finetune_chatmodel_demo.training.arguments import SettingsError
+from finetune_chatmodel_demo.common.errors import UserError
 
 # What the trainer fills in; the rest of a schedule's arguments can be given.
 FILLED_IN = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch", "kwargs"}
@@ -32,7 +32,7 @@ def read_options(text: Any) -> dict[str, Any] | None:
     """--lr_scheduler_kwargs as a mapping: JSON, also where a shell has eaten its quotes.
 
     Raises:
-        SettingsError: when it is none.
+        UserError: when it is none.
     """
     if text is None or isinstance(text, dict):
         return text
@@ -44,7 +44,7 @@ def read_options(text: Any) -> dict[str, Any] | None:
         except (ValueError, yaml.YAMLError):
             continue
     if not isinstance(value, dict):
-        raise SettingsError(f"--lr_scheduler_kwargs {text} is no JSON object; write it like '{{\"num_cycles\": 3}}'")
+        raise UserError(f"--lr_scheduler_kwargs {text} is no JSON object; write it like '{{\"num_cycles\": 3}}'")
     return value
 
 
@@ -57,7 +57,7 @@ def check_scheduler(training: TrainingArguments, given: dict[str, object], notic
         notices: a notice is appended where the schedule differs from what its name suggests.
 
     Raises:
-        SettingsError: for arguments that the schedule does not have or does not take.
+        UserError: for arguments that the schedule does not have or does not take.
     """
     name, options = SchedulerType(training.lr_scheduler_type), training.lr_scheduler_kwargs or {}
     known = list_options(name)
@@ -65,21 +65,19 @@ def check_scheduler(training: TrainingArguments, given: dict[str, object], notic
         if option not in known:
             close = difflib.get_close_matches(option, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(known) or 'none'}"
-            raise SettingsError(f"--lr_scheduler_kwargs: {name.value} has no option {option!r}; {hint}")
+            raise UserError(f"--lr_scheduler_kwargs: {name.value} has no option {option!r}; {hint}")
     _check_rate(training.learning_rate)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=training.learning_rate)
     try:
         get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=10, scheduler_specific_kwargs=options)
     except (TypeError, ValueError, AssertionError) as error:
-        raise SettingsError(
-            f"--lr_scheduler_type {name.value} with --lr_scheduler_kwargs {options}: {error}"
-        ) from error
+        raise UserError(f"--lr_scheduler_type {name.value} with --lr_scheduler_kwargs {options}: {error}") from error
     notices += _describe_surprises(name, options, training, given)
 
 
 def _check_rate(rate: float) -> None:
     if not 0 <= rate < math.inf:
-        raise SettingsError(f"--learning_rate is {rate:g}; it must be 0 or more, e.g. 2e-2 for P-Tuning v2")
+        raise UserError(f"--learning_rate is {rate:g}; it must be 0 or more, e.g. 2e-2 for P-Tuning v2")
 
 
 def list_options(name: SchedulerType) -> list[str]:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.conversation.rendering import IGNORED_LABEL
-from finetune_chatmodel_demo.training.arguments import SettingsError
 from finetune_chatmodel_demo.training.plan_report import describe_in_a_line, describe_plan, describe_problem
 from finetune_chatmodel_demo.training.run_plan import RunPlan, make_plan
 from finetune_chatmodel_demo.training.settings import Settings
@@ -49,7 +49,7 @@ def plan_settings(settings: Settings, rows: Any) -> RunPlan | None:
             precision=settings.precision,
             **facts,
         )
-    except SettingsError:
+    except UserError:
         return None
 
 

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from finetune_chatmodel_demo.training.arguments import SettingsError
+from finetune_chatmodel_demo.common.errors import UserError
 
 # Module → its name for pip.
 PACKAGES = {"jieba": "jieba", "nltk": "nltk", "rouge_chinese": "rouge-chinese"}
@@ -23,11 +23,11 @@ def check_packages() -> None:
     """Refuses a run whose answers could not be scored, before the model is loaded.
 
     Raises:
-        SettingsError: names all packages that are missing.
+        UserError: names all packages that are missing.
     """
     missing = [name for module, name in PACKAGES.items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise SettingsError(
+        raise UserError(
             f"--do_predict computes BLEU and ROUGE with {', '.join(missing)}: pip install {' '.join(missing)}"
         )
 

@@ -6,11 +6,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.conversation.collating import PackCollator, PadCollator
 from finetune_chatmodel_demo.conversation.grouping import GroupedRows
 from finetune_chatmodel_demo.conversation.rendering import IGNORED_LABEL
 from finetune_chatmodel_demo.evaluation.sample import TrainingEvaluator, build_training_evaluator
-from finetune_chatmodel_demo.training.arguments import SettingsError
 from finetune_chatmodel_demo.training.diagnosis import LearningWatch
 from finetune_chatmodel_demo.training.replies import (
     Reply,
@@ -125,7 +125,7 @@ class ChatTrainer(RunTrainer):
             rows, stops, count = self.eval_dataset.rows, tokenizer.stop_token_ids, self.settings.run.eval_questions
             self._questions = sample_replies(rows, count, self.args.seed, stops, model.config.seq_length)
             if not self._questions:
-                raise SettingsError("--eval_questions: no row of the validation data has a whole supervised reply")
+                raise UserError("--eval_questions: no row of the validation data has a whole supervised reply")
         own = share_out(self._questions, self.args.process_index, self.args.world_size)
         written = write_replies(model, tokenizer, [reply for reply, _ in own], self.args.per_device_eval_batch_size)
         exact = sum(is_reproduced(tokenizer, reply, ids) for (reply, counts), ids in zip(own, written) if counts)

@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import set_seed
 
+from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.conversation.records import RecordError
 from finetune_chatmodel_demo.conversation.stage_data import StageData, build_stage_data
-from finetune_chatmodel_demo.training.arguments import SettingsError
 from finetune_chatmodel_demo.training.base_model import load_base_tokenizer
 from finetune_chatmodel_demo.training.callbacks import stopped_early
 from finetune_chatmodel_demo.training.checkpoints import (
@@ -50,7 +50,7 @@ def run_finetuning(settings: Settings) -> RunTrainer | None:
         The trainer, with the trained model and the log; None after --dry_run.
 
     Raises:
-        SettingsError: when the model cannot be loaded.
+        UserError: when the model cannot be loaded.
         RecordError: for a bad record in a data file, or when no row is left to train on.
         NonFiniteLossError: when the loss is no number any more.
         RunStopped: after SIGTERM; there is a checkpoint, and no result.
@@ -101,7 +101,7 @@ def _read_data(settings: Settings, tokenizer: Any) -> StageData:
     except RecordError:
         raise
     except ValueError as error:
-        raise SettingsError(str(error)) from error
+        raise UserError(str(error)) from error
 
 
 def trainer_class(stage: str) -> type[RunTrainer]:

@@ -18,7 +18,8 @@ from torch import nn
 from transformers import TrainerCallback
 
 from finetune_chatmodel_demo.chatglm3.loading import load_model
-from finetune_chatmodel_demo.training.arguments import LORA, P_TUNING, SettingsError
+from finetune_chatmodel_demo.common.errors import UserError
+from finetune_chatmodel_demo.training.arguments import LORA, P_TUNING
 
 if TYPE_CHECKING:
     from finetune_chatmodel_demo.training.run_trainer import RunTrainer
@@ -141,10 +142,10 @@ def take_up_other_processes(trainer: "RunTrainer", checkpoint: Path, before: int
         before: how many processes wrote it.
 
     Raises:
-        SettingsError: when DeepSpeed cannot convert it.
+        UserError: when DeepSpeed cannot convert it.
     """
     if trainer.args.weight_decay:
-        raise SettingsError(
+        raise UserError(
             f"{checkpoint} was written by {before} processes: with --weight_decay, DeepSpeed's universal checkpoint "
             f"would decay biases and norms as well; continue with {before} processes"
         )
@@ -167,7 +168,7 @@ def _convert(checkpoint: Path, before: int) -> None:
     if finished.returncode:
         _remove_universal(checkpoint)
         reason = (finished.stderr.strip().splitlines() or ["no message"])[-1]
-        raise SettingsError(
+        raise UserError(
             f"{checkpoint} was written by {before} processes, and DeepSpeed cannot convert it for another number "
             f"({reason}); continue with {before} processes"
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
-from finetune_chatmodel_demo.training.arguments import SettingsError
+from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.training.parameter_counts import count_parameters
 from finetune_chatmodel_demo.training.run_shape import Zero
 
@@ -33,7 +33,7 @@ def read_zero(config: object, model: ChatGLM3Config) -> Zero | None:
         model: its sizes stand for "auto".
 
     Raises:
-        SettingsError: for a configuration that is no JSON object.
+        UserError: for a configuration that is no JSON object.
     """
     if not config:
         return None
@@ -87,5 +87,5 @@ def _read_section(config: object) -> dict[str, Any]:
         section = dict(values.get("zero_optimization") or {})
         int(section.get("stage", 0))
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise SettingsError(f"--deepspeed {config} is not a DeepSpeed configuration ({error})") from error
+        raise UserError(f"--deepspeed {config} is not a DeepSpeed configuration ({error})") from error
     return section

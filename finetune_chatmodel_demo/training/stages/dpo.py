@@ -88,7 +88,7 @@ class PreferenceTrainer(PairTrainer, PreferenceLoss):
         """Arguments: see `RunTrainer`.
 
         Raises:
-            SettingsError: when the reference model cannot be loaded.
+            UserError: when the reference model cannot be loaded.
         """
         self.reference = build_reference(model, settings, ReferenceModel)
         own = self.reference.model if self.reference.is_own_model else _NoModel(model.config)

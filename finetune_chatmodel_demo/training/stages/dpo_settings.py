@@ -3,27 +3,26 @@
 import math
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from packaging.version import Version
 
-from finetune_chatmodel_demo.training.arguments import LORA, SettingsError, StageArguments
-
-if TYPE_CHECKING:
-    from finetune_chatmodel_demo.training.settings import Settings
+from finetune_chatmodel_demo.common.errors import UserError
+from finetune_chatmodel_demo.training.arguments import LORA, StageArguments
+from finetune_chatmodel_demo.training.settings import Settings
 
 OLDEST_TRL = Version("1.16")  # `dpo.PreferenceLoss` says what it takes from TRL
 OUTPUT_LAYER = ("lm_head", "output_layer")
 
 
-def check_dpo_settings(settings: "Settings") -> None:
+def check_dpo_settings(settings: Settings) -> None:
     """Refuses what cannot work, before anything is loaded.
 
     Args:
         settings: decided but for `training` and `checkpoint`, which may be None. Notices are added to it.
 
     Raises:
-        SettingsError: for the first such value.
+        UserError: for the first such value.
     """
     stage, tuning = settings.stage, settings.tuning
     ranges = [
@@ -33,18 +32,14 @@ def check_dpo_settings(settings: "Settings") -> None:
     ]
     for name, is_good, expected in ranges:
         if not is_good:
-            raise SettingsError(f"--{name} is {getattr(stage, name)}; it must be {expected}")
+            raise UserError(f"--{name} is {getattr(stage, name)}; it must be {expected}")
     if stage.dpo_label_smoothing and stage.pref_loss != "sigmoid":
-        raise SettingsError(
-            f"--dpo_label_smoothing is for --pref_loss sigmoid, not {stage.pref_loss}; drop one of them"
-        )
+        raise UserError(f"--dpo_label_smoothing is for --pref_loss sigmoid, not {stage.pref_loss}; drop one of them")
     if stage.ref_model and not (Path(stage.ref_model) / "config.json").is_file():
-        raise SettingsError(f"--ref_model {stage.ref_model} is not a folder with a config.json; give a whole model")
+        raise UserError(f"--ref_model {stage.ref_model} is not a folder with a config.json; give a whole model")
     named = f"{tuning.lora_target},{tuning.additional_target or ''}".split(",")
     if settings.method == LORA and any(name.strip() in OUTPUT_LAYER for name in named):
-        raise SettingsError(
-            "--stage dpo computes log-probabilities without lm_head's adapter: take it out of the targets"
-        )
+        raise UserError("--stage dpo computes log-probabilities without lm_head's adapter: take it out of the targets")
     if tuning.lora_dropout:
         settings.notices.append(
             "--stage dpo trains without dropout, so that policy and reference start out equal: --lora_dropout is only "
@@ -60,7 +55,7 @@ def _check_trl() -> None:
     except metadata.PackageNotFoundError:
         found = "none"
     if found == "none" or Version(found) < OLDEST_TRL:
-        raise SettingsError(
+        raise UserError(
             f"--stage dpo needs the package trl from version {OLDEST_TRL} (found: {found}), which needs Python 3.11: "
             f"pip install 'trl>={OLDEST_TRL}'"
         )

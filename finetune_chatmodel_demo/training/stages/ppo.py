@@ -17,9 +17,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerState, set_seed
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
+from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.conversation.collating import PadCollator
 from finetune_chatmodel_demo.generation.prompts import prompt_budget
-from finetune_chatmodel_demo.training.arguments import SettingsError
 from finetune_chatmodel_demo.training.report import uses_checkpointing
 from finetune_chatmodel_demo.training.run_trainer import RunTrainer
 from finetune_chatmodel_demo.training.settings import Settings
@@ -51,7 +51,7 @@ class PPOTrainer(RunTrainer):
         """Arguments: see `RunTrainer`; items of the rows have the prompt as `input_ids`.
 
         Raises:
-            SettingsError: for a prompt that leaves no room for a reply, or a reward that cannot be loaded.
+            UserError: for a prompt that leaves no room for a reply, or a reward that cannot be loaded.
         """
         super().__init__(model, settings, tokenizer, PadCollator(tokenizer.pad_token_id), train_rows, validation_rows)
         for rows in (train_rows, validation_rows):
@@ -281,7 +281,7 @@ class PPOTrainer(RunTrainer):
 
     def _load_ppo_state(self, folder: Path) -> None:
         if not (folder / STATE_FILE).is_file():
-            raise SettingsError(f"{folder} has no {STATE_FILE} (--save_only_model?): PPO cannot be resumed from it")
+            raise UserError(f"{folder} has no {STATE_FILE} (--save_only_model?): PPO cannot be resumed from it")
         state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
         self.policy.value_head.load_state_dict(state["value_head"])
         self.collector.load(state["collector"])
@@ -294,7 +294,7 @@ class PPOTrainer(RunTrainer):
         }
         if changed:
             now = ", ".join(f"{name} was {state['rollout_shape'][name]}, is {value}" for name, value in changed.items())
-            raise SettingsError(
+            raise UserError(
                 f"{folder} was written in the middle of a rollout, which can only be continued as it was begun: {now}"
             )
         file = folder / ROLLOUT_FILE.format(process=self.args.process_index)
@@ -314,15 +314,15 @@ class PPOTrainer(RunTrainer):
 
 
 def _check_room(rows: Any | None, model: nn.Module, max_new_tokens: int) -> None:
-    """Raises a SettingsError for a prompt after which no reply of `max_new_tokens` fits."""
+    """Raises a UserError for a prompt after which no reply of `max_new_tokens` fits."""
     try:
         budget = prompt_budget(model, max_new_tokens)
     except ValueError as error:
-        raise SettingsError(f"--max_new_tokens: {error}") from error
+        raise UserError(f"--max_new_tokens: {error}") from error
     for i in range(0 if rows is None else len(rows)):
         length = len(rows[i]["input_ids"])
         if length > budget:
-            raise SettingsError(
+            raise UserError(
                 f"the prompt of row {i} ({rows.where(i)}) has {length} tokens; with --max_new_tokens {max_new_tokens} "
                 f"at most {budget} fit into the model's context: lower one of --max_new_tokens and --max_seq_length"
             )

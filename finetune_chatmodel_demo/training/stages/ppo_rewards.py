@@ -18,8 +18,8 @@ from torch import nn
 from finetune_chatmodel_demo.chatglm3.adapters import is_adapter_checkpoint, load_adapter, read_adapter_config
 from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
 from finetune_chatmodel_demo.chatglm3.loading import load_model
+from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.generation.replies import read_reply
-from finetune_chatmodel_demo.training.arguments import SettingsError
 from finetune_chatmodel_demo.training.stages.ppo_policy import build_rows, without_adapter_wrapper
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ LONGEST_EXCERPT = 80
 SIGNATURE = "NAME(prompts: list[str], replies: list[str]) -> list[float]"
 
 
-class RewardError(SettingsError):
+class RewardError(UserError):
     """A reward function failed, or returned something that is no list of finite numbers."""
 
 
@@ -56,7 +56,7 @@ class RewardFunction:
             prompt_format: of the policy.
 
         Raises:
-            SettingsError: when there is no such file or function, or the file cannot be run.
+            UserError: when there is no such file or function, or the file cannot be run.
         """
         self.reference = reference
         self.function = load_function(reference)
@@ -113,18 +113,18 @@ def check_reward_function(reference: str) -> tuple[Path, str]:
     """Splits FILE.py:NAME, without running the file.
 
     Raises:
-        SettingsError: when it is of another form, or the file is missing or no Python.
+        UserError: when it is of another form, or the file is missing or no Python.
     """
     file, colon, name = reference.rpartition(":")
     if not colon or not name or not file.endswith(".py"):
-        raise SettingsError(f"--reward_function {reference} is not of the form FILE.py:NAME, e.g. rewards.py:score")
+        raise UserError(f"--reward_function {reference} is not of the form FILE.py:NAME, e.g. rewards.py:score")
     path = Path(file)
     if not path.is_file():
-        raise SettingsError(f"--reward_function: {path} does not exist (the current folder is {Path.cwd()})")
+        raise UserError(f"--reward_function: {path} does not exist (the current folder is {Path.cwd()})")
     try:
         compile(path.read_bytes(), str(path), "exec")
     except (SyntaxError, ValueError) as error:
-        raise SettingsError(f"--reward_function: {path} is no Python program: {error}") from error
+        raise UserError(f"--reward_function: {path} is no Python program: {error}") from error
     return path, name
 
 
@@ -132,7 +132,7 @@ def load_function(reference: str) -> Callable[[list[str], list[str]], Sequence[f
     """Imports NAME from FILE.py.
 
     Raises:
-        SettingsError: the message says what is wrong.
+        UserError: the message says what is wrong.
     """
     path, name = check_reward_function(reference)
     spec = importlib.util.spec_from_file_location(f"reward_function_{path.stem}", path)
@@ -140,11 +140,11 @@ def load_function(reference: str) -> Callable[[list[str], list[str]], Sequence[f
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise SettingsError(f"--reward_function: {path} cannot be run: {type(error).__name__}: {error}") from error
+        raise UserError(f"--reward_function: {path} cannot be run: {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):
         found = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise SettingsError(
+        raise UserError(
             f"--reward_function: {path} has no function {name!r} (found: {', '.join(found) or 'none'}); it needs "
             f"{SIGNATURE}"
         )
@@ -190,25 +190,25 @@ def check_reward_model(folder: str | Path) -> Path | None:
         The base model of an adapter; None for a model.
 
     Raises:
-        SettingsError: the message says what the folder is instead.
+        UserError: the message says what the folder is instead.
     """
     folder = Path(folder)
     if is_adapter_checkpoint(folder):
         config = read_adapter_config(folder)
         if not config.is_reward_model:
-            raise SettingsError(f"--reward_model {folder} is an adapter of a language model, not of a reward model")
+            raise UserError(f"--reward_model {folder} is an adapter of a language model, not of a reward model")
         if not config.base_model:
-            raise SettingsError(f"--reward_model {folder} does not say which base model it belongs to")
+            raise UserError(f"--reward_model {folder} does not say which base model it belongs to")
         return Path(config.base_model)
     if not (folder / "config.json").is_file():
         there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
-        raise SettingsError(
+        raise UserError(
             f"--reward_model {folder} is no model and no adapter: it has no config.json (found: {there or 'nothing'})"
         )
     # Loaded as one, a language model would get a new, random score head.
     architectures = ChatGLM3Config.from_pretrained(str(folder)).architectures or []
     if not any("SequenceClassification" in name for name in architectures):
-        raise SettingsError(
+        raise UserError(
             f"--reward_model {folder} is a {', '.join(architectures) or 'model of unknown kind'}, not a reward model; "
             "train one with --stage rm"
         )
@@ -227,7 +227,7 @@ def load_reward_model(
         quantization_bit: an adapter's base model in 4 or 8 bits.
 
     Raises:
-        SettingsError: for anything that is no reward model, or cannot be loaded.
+        UserError: for anything that is no reward model, or cannot be loaded.
     """
     base = check_reward_model(folder)
     try:
@@ -236,14 +236,14 @@ def load_reward_model(
         model = load_model(base, dtype=dtype, device=device, quantization_bit=quantization_bit, head="score")
         return load_adapter(model, folder)
     except (ValueError, OSError) as error:
-        raise SettingsError(f"--reward_model {folder} cannot be loaded: {error}") from error
+        raise UserError(f"--reward_model {folder} cannot be loaded: {error}") from error
 
 
 def build_reward(settings: "Settings", tokenizer: Any) -> Reward:
     """The reward of a run, from --reward_model or --reward_function.
 
     Raises:
-        SettingsError: when it cannot be loaded.
+        UserError: when it cannot be loaded.
     """
     if settings.stage.reward_function:
         return RewardFunction(settings.stage.reward_function, tokenizer, settings.prompt_format)

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from finetune_chatmodel_demo.chatglm3.loading import load_model
-from finetune_chatmodel_demo.training.arguments import LORA, P_TUNING, SettingsError
+from finetune_chatmodel_demo.common.errors import UserError
+from finetune_chatmodel_demo.training.arguments import LORA, P_TUNING
 from finetune_chatmodel_demo.training.methods import prepare_model, without_tuning
 from finetune_chatmodel_demo.training.settings import Settings
 
@@ -75,7 +76,7 @@ def build_reference(model: nn.Module, settings: Settings, kind: type[Kind]) -> K
         kind: the class of the reference.
 
     Raises:
-        SettingsError: when a model cannot be loaded.
+        UserError: when a model cannot be loaded.
     """
     if settings.stage.ref_model:
         try:
@@ -86,7 +87,7 @@ def build_reference(model: nn.Module, settings: Settings, kind: type[Kind]) -> K
                 device=settings.training.device,
             )
         except (ValueError, OSError) as error:
-            raise SettingsError(f"--ref_model: {error}") from error
+            raise UserError(f"--ref_model: {error}") from error
         return kind(own.requires_grad_(False), is_own_model=True)
     if _is_base(settings):
         return kind(model)
