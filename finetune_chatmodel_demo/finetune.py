@@ -70,8 +70,7 @@ def _run(given: dict[str, object], notices: list[str]) -> int:
 
     from finetune_chatmodel_demo.conversation import RecordError
     from finetune_chatmodel_demo.training.deciding import decide_settings
-    from finetune_chatmodel_demo.training.run_trainer import NonFiniteLossError
-    from finetune_chatmodel_demo.training.stopping import RunStopped
+    from finetune_chatmodel_demo.training.trainer import NonFiniteLossError, RunStopped
     from finetune_chatmodel_demo.training.workflow import run_finetuning
 
     try:
@@ -79,7 +78,7 @@ def _run(given: dict[str, object], notices: list[str]) -> int:
             return _replay(str(given["replay"]))
         settings = decide_settings(given, notices)
         if settings.run.overfit_check is not None:
-            from finetune_chatmodel_demo.training.overfitting import run_overfit_check
+            from finetune_chatmodel_demo.training.overfit import run_overfit_check
 
             return 0 if run_overfit_check(settings) else 1
         run_finetuning(settings)

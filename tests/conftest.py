@@ -134,6 +134,6 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """A loss curve takes longer than a run of a small model."""
-    from finetune_chatmodel_demo.training import run_trainer
+    from finetune_chatmodel_demo.training import trainer
 
-    monkeypatch.setattr(run_trainer, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(trainer, "plot_curves", lambda *_: None)

@@ -9,7 +9,7 @@ from conversation_helpers import pair, user, write_jsonl
 from training_helpers import ROWS, decide
 
 from finetune_chatmodel_demo.chatglm3.loading import load_tokenizer
-from finetune_chatmodel_demo.training import run_trainer, workflow
+from finetune_chatmodel_demo.training import trainer, workflow
 
 METHODS = {
     "ptuning": {"pre_seq_len": 4, "learning_rate": 3e-2},
@@ -47,7 +47,7 @@ def build_trainer(model: Path, data: Path, output: Path, **options: object):
 def remember_runs(monkeypatch) -> list[tuple]:
     """A list that fills with (trainer, the model's parameters before the first step) of each run that is finished."""
     runs, starts = [], []
-    save_result, prepare_model = run_trainer.RunTrainer.save_result, workflow.prepare_model
+    save_result, prepare_model = trainer.RunTrainer.save_result, workflow.prepare_model
 
     def prepare(settings):
         model = prepare_model(settings)
@@ -59,7 +59,7 @@ def remember_runs(monkeypatch) -> list[tuple]:
         save_result(self)
 
     monkeypatch.setattr(workflow, "prepare_model", prepare)
-    monkeypatch.setattr(run_trainer.RunTrainer, "save_result", save)
+    monkeypatch.setattr(trainer.RunTrainer, "save_result", save)
     return runs
 
 

@@ -11,8 +11,8 @@ import torch
 from conversation_helpers import assistant, conversation, user, write_jsonl
 from training_helpers import decide, read_log, train
 
-from finetune_chatmodel_demo.training import diagnosis, trends
-from finetune_chatmodel_demo.training.diagnosis import LearningWatch
+from finetune_chatmodel_demo.training import watch
+from finetune_chatmodel_demo.training.watch import LearningWatch
 
 PUBLISHED_STEPS = 1000
 # The published log: 5.06 on average in its first 50 steps, 4.99 in its last 50.
@@ -118,7 +118,7 @@ def test_a_replay_of_the_published_setting_is_caught_within_its_first_tenth(mode
     with caplog.at_level(logging.WARNING, logger="finetune_chatmodel_demo"):
         assert train(model, data, tmp_path / "o", **options) == 0
     assert max(entry["step"] for entry in read_log(tmp_path / "o")) == PUBLISHED_STEPS // 10
-    told = [record.message for record in caplog.records if record.name == diagnosis.__name__]
+    told = [record.message for record in caplog.records if record.name == watch.__name__]
     assert [text.split(":")[0] for text in told] == [
         "this run cannot learn",
         "the loss has not moved in 100 of 1000 steps (10% of the run)",
@@ -211,7 +211,7 @@ def test_real_healthy_runs_get_no_warning(method, stage, model, data, tmp_path, 
         options["max_seq_length"] = 64
     with caplog.at_level(logging.WARNING, logger="finetune_chatmodel_demo"):
         assert train(model, file, tmp_path / "o", **options) == 0
-    assert [record.message for record in caplog.records if record.name == diagnosis.__name__] == []
+    assert [record.message for record in caplog.records if record.name == watch.__name__] == []
 
 
 # Other causes
@@ -312,7 +312,7 @@ def test_a_real_run_that_diverges(model, data, tmp_path, caplog):
     options |= {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 40}
     with caplog.at_level(logging.WARNING, logger="finetune_chatmodel_demo"):
         assert train(model, data, tmp_path / "o", **options) == 0
-    (text,) = [record.message for record in caplog.records if record.name == diagnosis.__name__]
+    (text,) = [record.message for record in caplog.records if record.name == watch.__name__]
     assert "above the 7.71 of a model that guesses" in text and "and was 7." in text
     assert "the learning rate 3 is too high. Lower it, e.g. to 1" in text
 
@@ -321,20 +321,20 @@ def test_a_real_run_that_diverges(model, data, tmp_path, caplog):
 
 
 def test_improvement_has_an_upper_bound():
-    exact = trends.measure_improvement([3.0] * 4 + [2.5] * 4 + [2.0] * 4)
+    exact = watch.measure_improvement([3.0] * 4 + [2.5] * 4 + [2.0] * 4)
     assert (exact.before, exact.now, exact.third) == (3.0, 2.0, 4)
     assert exact.most == exact.share == pytest.approx(1 / 3)
-    noise = trends.measure_improvement(noisy([3.0] * 90, 0.3, 0))
+    noise = watch.measure_improvement(noisy([3.0] * 90, 0.3, 0))
     assert noise.most == pytest.approx(noise.share + 2 * 0.3 * math.sqrt(2 / 30) / 3, rel=0.3)
 
 
 def test_the_log_of_an_earlier_part_becomes_a_loss_for_each_step():
     log = [{"step": 2, "loss": 4.0}, {"step": 2, "eval_loss": 9.0}, {"step": 5, "loss": 3.0}]
-    assert diagnosis.spread_log(log) == [4.0, 4.0, 3.0, 3.0, 3.0]
+    assert watch.spread_log(log) == [4.0, 4.0, 3.0, 3.0, 3.0]
 
 
 def test_the_sum_of_a_schedule():
     linear = SimpleNamespace(lr_lambdas=[lambda step: 1 - step / 1000])
-    assert diagnosis.sum_schedule(linear, 1000) == pytest.approx(500, rel=0.01)
-    assert diagnosis.sum_schedule(SimpleNamespace(lr_lambdas=[lambda step: 1.0]), 123_456) == pytest.approx(123_456)
-    assert diagnosis.sum_schedule(object(), 70) == 70
+    assert watch.sum_schedule(linear, 1000) == pytest.approx(500, rel=0.01)
+    assert watch.sum_schedule(SimpleNamespace(lr_lambdas=[lambda step: 1.0]), 123_456) == pytest.approx(123_456)
+    assert watch.sum_schedule(object(), 70) == 70

@@ -12,7 +12,8 @@ from training_helpers import decide, read_log, train, write_conversations
 from finetune_chatmodel_demo.chatglm3 import load_model, load_tokenizer
 from finetune_chatmodel_demo.conversation import build_dataset
 from finetune_chatmodel_demo.evaluation.questions import UNSEEN, write_questions
-from finetune_chatmodel_demo.training import checkpoints, replies, trainer
+from finetune_chatmodel_demo.training import checkpoints, prediction
+from finetune_chatmodel_demo.training.stages import sft
 
 PREFIX = "prefix_encoder.safetensors"
 
@@ -135,7 +136,7 @@ def test_replies_are_the_supervised_spans(tokenizer, tmp_path):
     path = write_jsonl(tmp_path / "d.jsonl", [record, both])
     lengths = {"max_seq_length": 99, "max_source_length": 9, "max_target_length": 9}
     rows = build_dataset("multi-turn", path, tokenizer, **lengths)
-    found = [replies.find_replies(i, rows[i], tokenizer.stop_token_ids) for i in range(2)]
+    found = [prediction.find_replies(i, rows[i], tokenizer.stop_token_ids) for i in range(2)]
     texts = [[tokenizer.decode(list(reply.expected_ids)).strip() for reply in row] for row in found]
     assert texts == [["丁戊。"], ["乙。", "丁戊。"]]
     assistant = tokenizer.get_command("<|assistant|>")
@@ -146,21 +147,21 @@ def test_replies_are_the_supervised_spans(tokenizer, tmp_path):
         assert tuple(full[:place]) == reply.prompt_ids
         assert tuple(full[place : place + len(reply.expected_ids)]) == reply.expected_ids
     cut = {"input_ids": full[:-2], "labels": rows[1]["labels"][:-2]}
-    assert [reply.is_whole for reply in replies.find_replies(0, cut, tokenizer.stop_token_ids)] == [True, False]
+    assert [reply.is_whole for reply in prediction.find_replies(0, cut, tokenizer.stop_token_ids)] == [True, False]
 
 
 def test_a_sample_is_spread_over_rows_and_shared_out(model, data, tokenizer):
     lengths = {"max_seq_length": 999, "max_source_length": 9, "max_target_length": 9}
     rows = build_dataset("multi-turn", data, tokenizer, **lengths)
     stops = tokenizer.stop_token_ids
-    chosen = replies.sample_replies(rows, 10, 3, stops, 512)
+    chosen = prediction.sample_replies(rows, 10, 3, stops, 512)
     assert len(chosen) == 10 == len({reply.row for reply in chosen})
-    assert chosen == replies.sample_replies(rows, 10, 3, stops, 512)
-    assert chosen != replies.sample_replies(rows, 10, 4, stops, 512)
-    everything = replies.sample_replies(rows, 10_000, 3, stops, 512)
-    assert len(everything) == sum(len(replies.find_replies(i, rows[i], stops)) for i in range(len(rows)))
-    assert replies.sample_replies(rows, 10, 3, stops, 12) == []
-    shares = [replies.share_out(chosen[:7], process, 3) for process in range(3)]
+    assert chosen == prediction.sample_replies(rows, 10, 3, stops, 512)
+    assert chosen != prediction.sample_replies(rows, 10, 4, stops, 512)
+    everything = prediction.sample_replies(rows, 10_000, 3, stops, 512)
+    assert len(everything) == sum(len(prediction.find_replies(i, rows[i], stops)) for i in range(len(rows)))
+    assert prediction.sample_replies(rows, 10, 3, stops, 12) == []
+    shares = [prediction.share_out(chosen[:7], process, 3) for process in range(3)]
     assert [len(share) for share in shares] == [3, 3, 3]
     counted = [reply for share in shares for reply, counts in share if counts]
     assert sorted(map(id, counted)) == sorted(map(id, chosen[:7]))
@@ -171,18 +172,18 @@ def test_what_is_written_is_what_a_forward_pass_predicts(model, data):
     loaded, tokenizer = load_model(model), load_tokenizer(model)
     lengths = {"max_seq_length": 999, "max_source_length": 9, "max_target_length": 9}
     rows = build_dataset("multi-turn", data, tokenizer, **lengths)
-    chosen = replies.sample_replies(rows, 12, 3, tokenizer.stop_token_ids, 512)
-    written = replies.write_replies(loaded, tokenizer, chosen, batch_size=5)
+    chosen = prediction.sample_replies(rows, 12, 3, tokenizer.stop_token_ids, 512)
+    written = prediction.write_replies(loaded, tokenizer, chosen, batch_size=5)
     for reply, ids in zip(chosen, written):
         sequence = torch.tensor([[*reply.prompt_ids, *ids]])
         with torch.no_grad():
             likeliest = loaded(input_ids=sequence).logits.argmax(-1)[0, len(reply.prompt_ids) - 1 :].tolist()
         assert likeliest[: len(ids)] == ids
-    right = [replies.Reply(0, reply.prompt_ids, tuple(ids), True) for reply, ids in zip(chosen, written)]
-    assert all(replies.is_reproduced(tokenizer, reply, ids) for reply, ids in zip(right, written))
-    cut = [replies.Reply(0, reply.prompt_ids, tuple(ids[:3]), False) for reply, ids in zip(chosen, written) if ids]
-    assert all(replies.is_reproduced(tokenizer, reply, ids) for reply, ids in zip(cut, filter(None, written)))
-    assert not replies.is_reproduced(tokenizer, right[0], [*written[0], 99])
+    right = [prediction.Reply(0, reply.prompt_ids, tuple(ids), True) for reply, ids in zip(chosen, written)]
+    assert all(prediction.is_reproduced(tokenizer, reply, ids) for reply, ids in zip(right, written))
+    cut = [prediction.Reply(0, reply.prompt_ids, tuple(ids[:3]), False) for reply, ids in zip(chosen, written) if ids]
+    assert all(prediction.is_reproduced(tokenizer, reply, ids) for reply, ids in zip(cut, filter(None, written)))
+    assert not prediction.is_reproduced(tokenizer, right[0], [*written[0], 99])
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"bf16": True}])
@@ -227,7 +228,7 @@ def test_the_best_checkpoint_by_exact_replies_or_by_loss(metric, model, data, va
     """The share falls here while the loss falls too, so that the two choices differ."""
     shares = iter([0.8, 0.6, 0.4, 0.2])
     monkeypatch.setattr(
-        trainer.ChatTrainer, "_ask", lambda _: {"exact": next(shares, 0.8)}
+        sft.ChatTrainer, "_ask", lambda _: {"exact": next(shares, 0.8)}
     )  # the fifth: the best at the end
     options = {"pre_seq_len": 4, "validation_file": validation, "eval_steps": 1, "learning_rate": 0.1}
     options |= {"load_best_model_at_end": True, "metric_for_best_model": metric, "eval_questions": 5}

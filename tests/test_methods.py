@@ -9,7 +9,7 @@ from training_helpers import assert_resumes_to_the_same_weights, decide, load_re
 
 from finetune_chatmodel_demo.chatglm3 import load_model
 from finetune_chatmodel_demo.chatglm3.adapters import read_adapter_config
-from finetune_chatmodel_demo.training import methods, run_trainer
+from finetune_chatmodel_demo.training import methods, trainer
 
 PROBE = torch.tensor([[5, 17, 99, 250, 31, 7, 1200, 44]])
 # Flags of each method on a model of 2 layers.
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("method", METHODS)
 def test_only_what_is_trained_changes_and_it_loads_to_the_same_logits(method, model, data, tmp_path, monkeypatch):
     trainers = []
-    monkeypatch.setattr(run_trainer.RunTrainer, "save_result", _remember(trainers))
+    monkeypatch.setattr(trainer.RunTrainer, "save_result", _remember(trainers))
     assert train(model, data, tmp_path / "o", **METHODS[method]) == 0
     trained = trainers[0].model.eval()
     prepared = methods.prepare_model(decide(model, data, tmp_path / "p", **METHODS[method]))
@@ -49,7 +49,7 @@ def test_only_what_is_trained_changes_and_it_loads_to_the_same_logits(method, mo
 
 
 def _remember(trainers):
-    original = run_trainer.RunTrainer.save_result
+    original = trainer.RunTrainer.save_result
 
     def save_result(self):
         trainers.append(self)
@@ -176,7 +176,7 @@ def test_runs_of_different_methods_are_kept_apart(model, data, tmp_path, capsys)
 def test_the_best_checkpoint_is_put_back(method, model, data, tmp_path, monkeypatch):
     """The largest loss is called the best here, so that it is not the last one."""
     trainers = []
-    monkeypatch.setattr(run_trainer.RunTrainer, "save_result", _remember(trainers))
+    monkeypatch.setattr(trainer.RunTrainer, "save_result", _remember(trainers))
     options = METHODS[method] | {"save_steps": 1, "validation_file": data, "greater_is_better": True}
     options |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
     assert train(model, data, tmp_path / "o", **options) == 0

@@ -11,9 +11,16 @@ import pytest
 from training_helpers import decide, flags, losses, read_log, train, write_conversations
 
 from finetune_chatmodel_demo import finetune
-from finetune_chatmodel_demo.training import plots, run_logs
-from finetune_chatmodel_demo.training.plots import CHARTS, draw_chart, plot_curves, smooth
-from finetune_chatmodel_demo.training.run_logs import TrainerLog, TrainerLogCallback, save_results
+from finetune_chatmodel_demo.training import results
+from finetune_chatmodel_demo.training.results import (
+    CHARTS,
+    TrainerLog,
+    TrainerLogCallback,
+    draw_chart,
+    plot_curves,
+    save_results,
+    smooth,
+)
 
 CHART = {chart.file: chart for chart in CHARTS}
 
@@ -29,7 +36,7 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.now = 1000.0
-        monkeypatch.setattr(run_logs, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(results, "time", SimpleNamespace(monotonic=lambda: self.now))
 
 
 # trainer_log.jsonl
@@ -131,8 +138,8 @@ def test_a_new_run_starts_a_new_log(tmp_path):
 
 @pytest.mark.parametrize("seconds", [0, 59, 3600, 86399, 86400, 93784, 86400 * 12 + 5])
 def test_elapsed_times_are_read_as_they_are_written(seconds):
-    assert run_logs._read_seconds(str(timedelta(seconds=seconds))) == seconds
-    assert run_logs._read_seconds(None) == run_logs._read_seconds("soon") == 0
+    assert results._read_seconds(str(timedelta(seconds=seconds))) == seconds
+    assert results._read_seconds(None) == results._read_seconds("soon") == 0
 
 
 def test_only_the_first_process_writes(tmp_path):
@@ -156,8 +163,8 @@ def test_results_of_all_splits_are_collected(tmp_path):
     save_results(tmp_path, "train", {"train_loss": 1.5, "epoch": 2.0})
     save_results(tmp_path, "eval", {"eval_loss": 1.25, "eval_perplexity": math.inf})
     save_results(tmp_path, "eval", {"eval_loss": 1.0})
-    results = {path.name: json.loads(path.read_text()) for path in tmp_path.iterdir()}
-    assert results == {
+    found = {path.name: json.loads(path.read_text()) for path in tmp_path.iterdir()}
+    assert found == {
         "train_results.json": {"train_loss": 1.5, "epoch": 2.0},
         "eval_results.json": {"eval_loss": 1.0},
         "all_results.json": {"train_loss": 1.5, "epoch": 2.0, "eval_loss": 1.0, "eval_perplexity": None},
@@ -165,7 +172,7 @@ def test_results_of_all_splits_are_collected(tmp_path):
     (tmp_path / "all_results.json").write_text("{")
     save_results(tmp_path, "predict", {"predict_rouge-1": 50.0})
     assert json.loads((tmp_path / "all_results.json").read_text()) == {"predict_rouge-1": 50.0}
-    run_logs.remove_results(tmp_path)
+    results.remove_results(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -175,7 +182,7 @@ def test_a_results_file_is_whole_or_the_old_one(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(run_logs.os, "fsync", fail)
+    monkeypatch.setattr(results.os, "fsync", fail)
     with pytest.raises(OSError, match="no space"):
         save_results(tmp_path, "eval", {"eval_loss": 2.0})
     assert json.loads((tmp_path / "eval_results.json").read_text()) == {"eval_loss": 1.0}
@@ -199,25 +206,25 @@ HISTORY = [
 
 
 def test_training_is_described():
-    assert run_logs.describe_training(HISTORY, 8) == {key: HISTORY[-1][key] for key in run_logs.TRAINING_KEYS}
-    assert run_logs.describe_training(HISTORY[:-1], 8) == {}
+    assert results.describe_training(HISTORY, 8) == {key: HISTORY[-1][key] for key in results.TRAINING_KEYS}
+    assert results.describe_training(HISTORY[:-1], 8) == {}
 
 
 def test_of_a_resumed_run_the_loss_is_that_of_all_steps_and_the_speed_that_of_the_last_part():
-    metrics = run_logs.describe_training(HISTORY, 8, resumed_step=4)
+    metrics = results.describe_training(HISTORY, 8, resumed_step=4)
     assert metrics["train_loss"] == (2 * 4.0 + 2 * 2.0 + 4 * 1.0) / 8
     assert metrics["train_steps_per_second"] == 4 / 2.0
     assert metrics["train_samples_per_second"] == 4.0  # Trainer counted 8 steps where 4 were made
     right = [*HISTORY[:-1], {**HISTORY[-1], "train_steps_per_second": 2.0, "train_samples_per_second": 4.0}]
-    assert run_logs.describe_training(right, 8, resumed_step=4) == metrics
+    assert results.describe_training(right, 8, resumed_step=4) == metrics
 
 
 def test_evaluation_is_described():
     metrics = {"eval_loss": 1.0, "eval_runtime": 0.5, "eval_rewards/accuracies": 0.75, "epoch": 1.0}
-    assert run_logs.describe_evaluation(HISTORY, "dpo") == metrics
-    assert run_logs.describe_evaluation(HISTORY, "sft") == {**metrics, "eval_perplexity": math.e}
-    assert run_logs.describe_evaluation([{"eval_loss": 1e9}], "pt")["eval_perplexity"] == math.inf
-    assert run_logs.describe_evaluation(HISTORY[:2], "sft") == {}
+    assert results.describe_evaluation(HISTORY, "dpo") == metrics
+    assert results.describe_evaluation(HISTORY, "sft") == {**metrics, "eval_perplexity": math.e}
+    assert results.describe_evaluation([{"eval_loss": 1e9}], "pt")["eval_perplexity"] == math.inf
+    assert results.describe_evaluation(HISTORY[:2], "sft") == {}
 
 
 # Curves
@@ -290,7 +297,7 @@ def test_without_matplotlib_a_run_goes_on_and_says_so(tmp_path, monkeypatch, cap
     def draw(*_):
         raise ImportError("no module named matplotlib")
 
-    monkeypatch.setattr(plots, "draw_chart", draw)
+    monkeypatch.setattr(results, "draw_chart", draw)
     assert plot_curves(HISTORY, tmp_path) == []
     assert "matplotlib is not installed" in caplog.text
 
@@ -429,7 +436,7 @@ def test_results_describe_the_best_model_where_that_is_kept(model, data, validat
 
 
 def test_a_reporter_without_its_package_is_refused_before_loading(model, data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run_logs.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(results.importlib.util, "find_spec", lambda _: None)
     assert train(model, data, tmp_path / "o", report_to="tensorboard") == 1
     assert "--report_to tensorboard needs the package tensorboard: pip install" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
@@ -467,7 +474,7 @@ def rates(monkeypatch) -> list[float]:
     """The optimizer's learning rate at the start of each step."""
     seen: list[float] = []
     monkeypatch.setattr(
-        run_logs.TrainerLogCallback,
+        results.TrainerLogCallback,
         "on_step_begin",
         lambda self, args, state, control, optimizer=None, **_: seen.append(optimizer.param_groups[0]["lr"]),
     )

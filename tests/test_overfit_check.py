@@ -9,8 +9,8 @@ from conversation_helpers import assistant, conversation, user, write_jsonl
 from training_helpers import flags
 
 from finetune_chatmodel_demo import finetune
-from finetune_chatmodel_demo.training import overfitting
-from finetune_chatmodel_demo.training.replies import Reply
+from finetune_chatmodel_demo.training import overfit
+from finetune_chatmodel_demo.training.prediction import Reply
 
 FACTS = [
     ("妙蛙种子是什么属性？", "妙蛙种子的属性是草、毒。"),
@@ -94,7 +94,7 @@ def test_the_same_question_in_other_conversations_is_no_contradiction(tokenizer,
 
     lengths = {"max_seq_length": 99, "max_source_length": 9, "max_target_length": 9}
     rows = build_dataset("multi-turn", path, tokenizer, **lengths)
-    assert overfitting.find_contradictions(rows, tokenizer.stop_token_ids) == []
+    assert overfit.find_contradictions(rows, tokenizer.stop_token_ids) == []
 
 
 def test_a_learning_rate_that_is_too_small_is_named(consistent, tiny_folder, tmp_path, capsys):
@@ -136,8 +136,8 @@ def test_an_earlier_run_in_the_output_folder_is_left_alone(consistent, tiny_fold
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{"bf16": True}, {"gradient_checkpointing": True}, {"packing": True}])
 def test_the_settings_of_the_run_hold(options, consistent, tiny_folder, tmp_path, monkeypatch):
-    models, overfit = [], overfitting.overfit
-    monkeypatch.setattr(overfitting, "overfit", lambda model, *args: models.append(model) or overfit(model, *args))
+    models, original = [], overfit.overfit
+    monkeypatch.setattr(overfit, "overfit", lambda model, *args: models.append(model) or original(model, *args))
     assert check(tiny_folder, consistent, tmp_path / "o", finetuning_type="lora", **options) == 0
     frozen = [value for value in models[0].parameters() if not value.requires_grad]
     assert {value.dtype for value in frozen} == {torch.bfloat16 if "bf16" in options else torch.float32}
@@ -162,6 +162,6 @@ def test_impossible_checks_are_refused(options, message, consistent, model, tmp_
 
 def test_hope_ends_where_every_prompt_is_settled():
     first, other, third = (Reply(0, (1,), (5,), True), Reply(1, (1,), (6,), True), Reply(2, (2,), (7,), True))
-    assert overfitting.leaves_hope([first, other, third], [True, False, False])
-    assert not overfitting.leaves_hope([first, other, third], [True, False, True])
-    assert overfitting.leaves_hope([first, other], [False, False])
+    assert overfit.leaves_hope([first, other, third], [True, False, False])
+    assert not overfit.leaves_hope([first, other, third], [True, False, True])
+    assert overfit.leaves_hope([first, other], [False, False])

@@ -17,7 +17,7 @@ from finetune_chatmodel_demo.chatglm3 import ChatGLM3Config
 from finetune_chatmodel_demo.training.memory import GIB
 from finetune_chatmodel_demo.training.remedies import find_remedies, read_gpu_memory
 from finetune_chatmodel_demo.training.run_plan import make_plan
-from finetune_chatmodel_demo.training.zero_config import LONGEST_BUILD, find_stale_locks, read_zero
+from finetune_chatmodel_demo.training.zero import LONGEST_BUILD, find_stale_locks, read_zero
 
 CONFIGS = REPOSITORY / "finetune_chatmodel_demo" / "configs"
 GB = 10**9

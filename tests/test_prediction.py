@@ -21,11 +21,11 @@ from finetune_chatmodel_demo.conversation.datasets import build_dataset
 from finetune_chatmodel_demo.conversation.records import read_records
 from finetune_chatmodel_demo.conversation.rendering import render_prompt
 from finetune_chatmodel_demo.generation.batch import generate_batch
-from finetune_chatmodel_demo.training import text_scores
+from finetune_chatmodel_demo.training import prediction
 from finetune_chatmodel_demo.training.arguments import GenerationArguments
 from finetune_chatmodel_demo.training.prediction import choose_answer_length, run_prediction, take_last_reply
 
-has_packages = all(importlib.util.find_spec(name) for name in text_scores.PACKAGES)
+has_packages = all(importlib.util.find_spec(name) for name in prediction.PACKAGES)
 needs_packages = pytest.mark.skipif(not has_packages, reason="jieba, nltk or rouge-chinese is not installed")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -87,32 +87,32 @@ def make_settings(max_new_tokens=8, given=("max_new_tokens",), prompt_format="mu
     ],
 )
 def test_scores_are_those_computed_by_hand(predicted, label, expected):
-    scores = text_scores.score_pair(predicted, label)
-    assert scores == pytest.approx(dict(zip(text_scores.SCORES, expected)), abs=1e-3)
+    scores = prediction.score_pair(predicted, label)
+    assert scores == pytest.approx(dict(zip(prediction.SCORES, expected)), abs=1e-3)
 
 
 @needs_packages
 def test_scores_are_means_over_the_answers():
     pairs = [("电属性", "水属性"), ("", "电"), ("草", "草")]
-    scores = text_scores.mean_scores(pairs)
+    scores = prediction.mean_scores(pairs)
     assert scores["rouge-1"] == pytest.approx((50 + 0 + 100) / 3, abs=1e-3)
     assert scores["bleu-4"] == pytest.approx((45.1801 + 0 + 35.3553) / 3, abs=1e-3)
-    assert text_scores.mean_scores([]) == dict.fromkeys(text_scores.SCORES, 0)
+    assert prediction.mean_scores([]) == dict.fromkeys(prediction.SCORES, 0)
 
 
 @needs_packages
 def test_long_answers_are_scored():
     text = "妙蛙种子的属性是草、毒。它的弱点是飞行！\n\n" * 60
-    assert text_scores.score_pair(text, text)["rouge-l"] == 100
+    assert prediction.score_pair(text, text)["rouge-l"] == 100
 
 
 @needs_packages
 def test_the_packages_are_quiet_and_imported_only_when_needed():
     code = (
         "import sys, logging; logging.basicConfig(level=logging.DEBUG)\n"
-        "from finetune_chatmodel_demo.training import text_scores\n"
+        "from finetune_chatmodel_demo.training import prediction\n"
         "assert not {'jieba', 'nltk', 'rouge_chinese'} & set(sys.modules)\n"
-        "print(text_scores.score_pair('电属性', '水属性')['rouge-1'])\n"
+        "print(prediction.score_pair('电属性', '水属性')['rouge-1'])\n"
     )
     run = subprocess.run([sys.executable, "-W", "always", "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert run.stdout == "50.0\n"
@@ -120,9 +120,9 @@ def test_the_packages_are_quiet_and_imported_only_when_needed():
 
 
 def test_a_missing_package_is_one_clear_error(monkeypatch):
-    monkeypatch.setattr(text_scores.importlib.util, "find_spec", lambda name: None if name != "nltk" else object())
+    monkeypatch.setattr(prediction.importlib.util, "find_spec", lambda name: None if name != "nltk" else object())
     with pytest.raises(UserError, match=r"with jieba, rouge-chinese: pip install jieba rouge-chinese$"):
-        text_scores.check_packages()
+        prediction.check_packages()
 
 
 # Which reply
@@ -200,7 +200,7 @@ def test_every_row_is_answered_in_order_and_scored(loaded, tokenizer, data, rows
     assert [line["prompt"] for line in lines] == [tokenizer.decode(prompt) for prompt in prompts]
     one_by_one = generate_batch(loaded, tokenizer, prompts, max_new_tokens=8, batch_size=1)
     assert [line["predict"] for line in lines] == one_by_one
-    expected = text_scores.mean_scores((line["predict"], line["label"]) for line in lines)
+    expected = prediction.mean_scores((line["predict"], line["label"]) for line in lines)
     assert {f"predict_{name}": value for name, value in expected.items()}.items() <= metrics.items()
     assert metrics["predict_runtime"] > 0
     assert metrics["predict_samples_per_second"] == pytest.approx(7 / metrics["predict_runtime"], rel=0.01)
@@ -267,7 +267,7 @@ def test_predictions_after_training_and_alone_are_the_same(method, model, data, 
     assert {path.name for path in alone.iterdir()} == names  # nothing was trained
     assert read_predictions(alone) == read_predictions(both)
     assert json.loads((alone / "all_results.json").read_text()).keys() == {
-        *(f"predict_{name}" for name in text_scores.SCORES),
+        *(f"predict_{name}" for name in prediction.SCORES),
         "predict_runtime",
         "predict_samples_per_second",
     }
@@ -323,7 +323,7 @@ def test_predictions_that_cannot_be_are_refused_before_loading(model, data, tmp_
 
 
 def test_a_missing_package_stops_the_run_before_loading(model, data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(text_scores, "PACKAGES", {"no_such_module": "no-such-package"})
+    monkeypatch.setattr(prediction, "PACKAGES", {"no_such_module": "no-such-package"})
     assert train(model, data, tmp_path / "o", do_predict=True, validation_file=data) == 1
     assert "pip install no-such-package" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
@@ -355,6 +355,6 @@ def test_scores_rise_to_100_where_the_answers_are_learned(model, tmp_path):
         assert train(model, path, output, per_device_train_batch_size=3, **options) == 0
         scores.append(json.loads((output / "predict_results.json").read_text()))
     assert [line["predict"] for line in read_predictions(output)] == list(facts.values())
-    for name in text_scores.SCORES:
+    for name in prediction.SCORES:
         assert scores[0][f"predict_{name}"] < 30
         assert scores[1][f"predict_{name}"] == 100

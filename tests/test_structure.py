@@ -41,8 +41,6 @@ TOP_LEVEL = {
     "tests",
 }
 CIRCLES_LEFT = [
-    {"callbacks", "methods", "run_trainer", "zero"},
-    {"overfitting", "overfitting_report"},
     {"stage_data", "streaming"},
     {"attention", "packing"},
 ]

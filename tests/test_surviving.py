@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from training_helpers import flags, losses, train
 
 from finetune_chatmodel_demo import finetune
-from finetune_chatmodel_demo.training import checkpoints, run_trainer
+from finetune_chatmodel_demo.training import checkpoints, trainer
 from finetune_chatmodel_demo.training.manifest import RUN_MANIFEST
 
 STEPS, SAVE_STEPS = 120, 10
@@ -33,7 +33,7 @@ def weights(folder: Path) -> torch.Tensor:
 
 def signal_at(step: int, monkeypatch, number: int = signal.SIGTERM) -> None:
     """Sends this process a signal in the middle of a step."""
-    original, calls = run_trainer.RunTrainer.training_step, []
+    original, calls = trainer.RunTrainer.training_step, []
 
     def training_step(self, *args, **kwargs):
         calls.append(1)
@@ -41,7 +41,7 @@ def signal_at(step: int, monkeypatch, number: int = signal.SIGTERM) -> None:
             os.kill(os.getpid(), number)
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(run_trainer.RunTrainer, "training_step", training_step)
+    monkeypatch.setattr(trainer.RunTrainer, "training_step", training_step)
 
 
 def test_sigterm_saves_and_ends_and_the_run_goes_on(model, data, tmp_path, monkeypatch, capsys):
@@ -183,13 +183,13 @@ def test_the_manifest_says_what_a_run_was_made_of(finished, model, data):
 def test_the_first_steps_are_those_that_were_trained(finished, model, data, tmp_path, monkeypatch):
     """The hashes come from the order alone; here they are compared with the batches of a real run."""
     seen = []
-    original = run_trainer.RunTrainer.training_step
+    original = trainer.RunTrainer.training_step
 
     def training_step(self, model, inputs, *args):
         seen.append(inputs["row_index"].tolist())
         return original(self, model, inputs, *args)
 
-    monkeypatch.setattr(run_trainer.RunTrainer, "training_step", training_step)
+    monkeypatch.setattr(trainer.RunTrainer, "training_step", training_step)
     assert train(model, data, tmp_path / "o", pre_seq_len=4, max_steps=6, gradient_accumulation_steps=2) == 0
     from finetune_chatmodel_demo.training.sampling import LengthGroupedBatches
 

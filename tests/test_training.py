@@ -22,7 +22,7 @@ from training_helpers import (
 from finetune_chatmodel_demo import finetune
 from finetune_chatmodel_demo.chatglm3 import load_model, load_tokenizer, prefix, read_prefix_config
 from finetune_chatmodel_demo.common.errors import UserError
-from finetune_chatmodel_demo.training import checkpoints, methods, run_trainer, workflow
+from finetune_chatmodel_demo.training import checkpoints, methods, trainer, workflow
 from finetune_chatmodel_demo.training.arguments import FULL, P_TUNING
 from finetune_chatmodel_demo.training.command_line import parse_given
 from finetune_chatmodel_demo.training.deciding import decide_settings
@@ -572,7 +572,7 @@ def test_a_killed_run_ends_with_the_same_weights(model, data, tmp_path):
     argv = flags(model, data, killed, resume_from_checkpoint=True, **options)
     # 10 files a checkpoint: 9 and the manifest. The first run dies in step 8, the second while flushing checkpoint-15.
     for owner, name, count, whole, partial in (
-        (f"{run_trainer.__name__}:Trainer", "training_step", 16, "checkpoint-5", False),
+        (f"{trainer.__name__}:Trainer", "training_step", 16, "checkpoint-5", False),
         (checkpoints.__name__, "_flush", 16, "checkpoint-10", True),
     ):
         die_at(owner, name, count, argv)

@@ -4,5 +4,5 @@
 
 `command_line` parses the flags of `arguments`, `settings` decides what they leave open, `checks` refuses what cannot
 work. `workflow` builds the data, the model (`methods`: what of it is trained) and the trainer of the stage
-(`trainer.ChatTrainer`, `stages/`), all on `run_trainer`; `checkpoints` keeps folders whole.
+(`stages/`), all on `trainer.RunTrainer`; `checkpoints` keeps folders whole.
 """

@@ -25,7 +25,7 @@ from finetune_chatmodel_demo.training.arguments import (
 from finetune_chatmodel_demo.training.counts import check_counts
 from finetune_chatmodel_demo.training.evaluation_checks import check_evaluation, check_overfit_check
 from finetune_chatmodel_demo.training.settings import Settings, trains
-from finetune_chatmodel_demo.training.zero_config import find_stale_locks, read_stage
+from finetune_chatmodel_demo.training.zero import find_stale_locks, read_stage
 
 # Flags that mean something for one method only → how to choose it.
 FLAGS_OF_METHOD = {

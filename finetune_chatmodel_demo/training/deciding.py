@@ -28,11 +28,11 @@ from finetune_chatmodel_demo.training.checkpoints import (
     read_whole_checkpoint,
 )
 from finetune_chatmodel_demo.training.checks import check_files, check_settings, has_gpu
-from finetune_chatmodel_demo.training.run_logs import check_reporters
-from finetune_chatmodel_demo.training.schedulers import check_scheduler, read_options
+from finetune_chatmodel_demo.training.prediction import check_packages
+from finetune_chatmodel_demo.training.results import check_reporters
+from finetune_chatmodel_demo.training.schedule import check_scheduler, read_options
 from finetune_chatmodel_demo.training.settings import METHOD_TITLES, Settings
 from finetune_chatmodel_demo.training.stages.dpo_settings import build_dpo_arguments
-from finetune_chatmodel_demo.training.text_scores import check_packages
 
 DEFAULT_WARMUP_SHARE = 0.03
 

@@ -265,6 +265,31 @@ def load_trained(model: nn.Module, settings: Settings, folder: str | Path) -> No
         _load_trained_parameters(model, Path(folder))
 
 
+def load_shared(model: nn.Module, settings: Settings, folder: str | Path) -> None:
+    """Puts the parameters of a checkpoint into a model whose parameters are spread over processes.
+
+    Args:
+        model: from `prepare_model` under ZeRO-3; all processes call this.
+        settings: the run.
+        folder: what `save_trained` wrote.
+    """
+    import deepspeed
+
+    if settings.method in (P_TUNING, LORA):
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        with deepspeed.zero.GatheredParameters(trained, modifier_rank=0):
+            load_trained(model, settings, folder)
+        return
+    # Loaded now, another model is spread in the same way; parameter by parameter its values are taken over.
+    source = dict(load_model(folder, dtype=settings.weights_dtype, device=settings.training.device).named_parameters())
+    for name, parameter in model.named_parameters():
+        with (
+            deepspeed.zero.GatheredParameters([source[name]]),
+            deepspeed.zero.GatheredParameters([parameter], modifier_rank=0),
+        ):
+            parameter.data.copy_(source[name].data)
+
+
 def describe_method(settings: Settings, model: nn.Module) -> str:
     """The method in words, for the table before the start."""
     if settings.method == P_TUNING:

@@ -10,7 +10,7 @@ from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.training.arguments import LORA, P_TUNING
 from finetune_chatmodel_demo.training.memory import GIB, MemoryPlan, plan_memory
 from finetune_chatmodel_demo.training.run_shape import RunShape
-from finetune_chatmodel_demo.training.zero_config import read_zero
+from finetune_chatmodel_demo.training.zero import read_zero
 
 # GB on the cards' boxes; manufacturers count these in GiB.
 GPUS = {

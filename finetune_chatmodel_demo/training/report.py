@@ -10,7 +10,7 @@ from finetune_chatmodel_demo.training.settings import Settings
 from finetune_chatmodel_demo.training.start_plan import plan_settings, uses_checkpointing
 
 if TYPE_CHECKING:
-    from finetune_chatmodel_demo.training.run_trainer import RunTrainer
+    from finetune_chatmodel_demo.training.trainer import RunTrainer
 
 LONGEST_SANITY_CHECK = 60
 STAGE_TITLES = {

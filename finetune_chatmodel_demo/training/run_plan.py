@@ -28,7 +28,7 @@ from finetune_chatmodel_demo.training.parameter_counts import (
     count_prefix,
 )
 from finetune_chatmodel_demo.training.run_shape import MASTER, MOMENTS, RunShape
-from finetune_chatmodel_demo.training.zero_config import read_zero
+from finetune_chatmodel_demo.training.zero import read_zero
 
 OFFICIAL_6B = "6b"
 DEFAULT_PRE_SEQ_LEN = 128

@@ -1,133 +1,460 @@
-"""The trainer of pre-training and supervised fine-tuning: the loss of supervised tokens, validated per token."""
+"""What the trainers of all stages share, on top of transformers' Trainer.
 
+Rows in units of similar length, tokens per second, a stop at the first loss that is not a number, and checkpoints that
+are whole or not there.
+"""
+
+import logging
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from torch.utils.data import Dataset, Sampler
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
+from transformers.trainer_callback import ExportableState
 
-from finetune_chatmodel_demo.common.errors import UserError
-from finetune_chatmodel_demo.conversation.collating import PackCollator, PadCollator
-from finetune_chatmodel_demo.conversation.grouping import GroupedRows
-from finetune_chatmodel_demo.conversation.rendering import IGNORED_LABEL
-from finetune_chatmodel_demo.evaluation.sample import TrainingEvaluator, build_training_evaluator
-from finetune_chatmodel_demo.training.diagnosis import LearningWatch
-from finetune_chatmodel_demo.training.replies import (
-    Reply,
-    is_reproduced,
-    sample_replies,
-    share_out,
-    write_replies,
+from finetune_chatmodel_demo.training.arguments import FULL, LORA, P_TUNING, RunArguments
+from finetune_chatmodel_demo.training.checkpoints import (
+    partial_folder,
+    publish_checkpoint,
+    publish_files,
+    remove_leftovers,
+    remove_old_checkpoints,
+    start_partial,
 )
-from finetune_chatmodel_demo.training.run_trainer import RunTrainer
+from finetune_chatmodel_demo.training.methods import load_shared, load_trained, save_trained
+from finetune_chatmodel_demo.training.results import plot_curves
+from finetune_chatmodel_demo.training.sampling import (
+    ADDED,
+    FixedOrder,
+    NumberedCollator,
+    NumberedStream,
+    number_rows,
+    order_rows,
+)
 from finetune_chatmodel_demo.training.settings import Settings
+from finetune_chatmodel_demo.training.watch import LearningWatch, read_number
+from finetune_chatmodel_demo.training.zero import gather_parameters, leave_out_frozen
 
-# A multiple of FlexAttention's block, so that rows come in few lengths.
-CUDA_PACKED_MULTIPLE = 256
-
-
-class _Collator:
-    """Packs groups of rows, pads single rows."""
-
-    def __init__(self, pad_token_id: int) -> None:
-        self.pad = PadCollator(pad_token_id)
-        self.pack = PackCollator(pad_token_id, CUDA_PACKED_MULTIPLE if torch.cuda.is_available() else None)
-
-    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        return self.pack(items) if "rows" in items[0] else self.pad(items)
+RESULT = "result"
 
 
-class ChatTrainer(RunTrainer):
-    """Trains on rows of `input_ids` and `labels`."""
+class NonFiniteLossError(RuntimeError):
+    """The loss or the gradient became infinite or not a number."""
+
+
+class RunTrainer(Trainer):
+    """The base of the stages' trainers; stands in front of a library's trainer where a stage uses one."""
 
     def __init__(
         self,
         model: nn.Module,
         settings: Settings,
         tokenizer: PreTrainedTokenizerBase,
+        collate: Callable[[list[dict]], dict[str, torch.Tensor]],
         train_rows: Any | None,
         validation_rows: Any | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        **kwargs: Any,
     ) -> None:
-        """Arguments: see `RunTrainer`."""
-        self._validation = torch.zeros(2, dtype=torch.float64)
-        self._questions: list[Reply] | None = None
-        self._evaluator: TrainingEvaluator | None = None
-        report = getattr(train_rows, "report", None)
-        if settings.data.packing and train_rows is not None:
-            train_rows = GroupedRows(train_rows, settings.data.max_seq_length, settings.training.seed)
+        """
+        Args:
+            model: from `prepare_model`.
+            settings: the decided run.
+            tokenizer: saved beside a whole model.
+            collate: makes a batch of the rows' items.
+            train_rows: map-style dataset with `.lengths` and `.where(row)`, or an iterable one; None: nothing is
+                trained.
+            validation_rows: the same, or None.
+            callbacks: the stage's own.
+            kwargs: for the library's trainer.
+        """
+        self.settings = settings
+        self.tokenizer_to_save = tokenizer
+        self.throughput = Throughput()
+        self._rows_of_step: list[torch.Tensor] = []
+        self.watch = next((callback for callback in callbacks if isinstance(callback, LearningWatch)), None)
+        uses_cache = model.config.use_cache
+        is_quantized_prefix = getattr(model, "is_quantized", False) and settings.method == P_TUNING
+        if is_quantized_prefix:
+            model._hf_peft_config_loaded = True  # Trainer asks for an adapter on a quantized base; the prefix is one
         super().__init__(
-            model,
-            settings,
-            tokenizer,
-            _Collator(tokenizer.pad_token_id),
-            train_rows,
-            validation_rows,
-            callbacks=[LearningWatch(settings, report)],
+            model=model,
+            args=settings.training,
+            data_collator=NumberedCollator(collate),
+            train_dataset=number_rows(train_rows),
+            eval_dataset=number_rows(validation_rows),
+            callbacks=[self.throughput, EpochOrder(self), *build_early_stopping(settings.run), *callbacks],
+            **kwargs,
+        )
+        if is_quantized_prefix:
+            model._hf_peft_config_loaded = False
+        # Trainer writes use_cache=False into the configuration; saved with it, the model would answer slowly.
+        self.model.config.use_cache = uses_cache
+
+    # Order of the rows
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        self.row_order = order_rows(rows.lengths, self.args)
+        return super()._get_train_sampler(train_dataset) if self.row_order is None else self.row_order
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
+        """Longest rows first: little padding, and too little memory shows at once."""
+        order = sorted(range(len(eval_dataset)), key=lambda i: eval_dataset.lengths[i], reverse=True)
+        self._validation_positions = {row: position for position, row in enumerate(order)}
+        return FixedOrder(order)
+
+    # Steps
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """One batch forward and backward.
+
+        Raises:
+            NonFiniteLossError: when the loss is not finite; the message names the batch's rows.
+        """
+        self._rows_of_step.append(inputs.pop("row_index"))
+        counts = inputs.pop("token_counts")
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise NonFiniteLossError(self._describe_failure(f"the loss is {loss.item()}", self._rows_of_step[-1:]))
+        totals = counts.sum(dim=0)
+        self.throughput.add(totals)
+        if self.watch is not None:
+            self.watch.add_batch(loss.item(), supervised=int(totals[1]), tokens=int(totals[0]))
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        rows, self._rows_of_step = self._rows_of_step, []
+        has_loss_scaling = self.settings.precision == "float16" or self.is_deepspeed_enabled
+        if norm is not None and not has_loss_scaling and not torch.isfinite(torch.as_tensor(norm)):
+            raise NonFiniteLossError(self._describe_failure(f"the gradient's norm is {float(norm)}", rows))
+        if norm is not None and self.watch is not None:
+            self.watch.add_gradient(read_number(norm))
+        return norm
+
+    def _where(self, row: int) -> str:
+        if isinstance(self.train_dataset, NumberedStream):
+            return "in the order of reading"
+        return self.train_dataset.rows.where(row)
+
+    def _describe_failure(self, what: str, rows: list[torch.Tensor]) -> str:
+        indices = sorted(int(index) for batch in rows for index in batch)
+        places = "; ".join(f"row {index} ({self._where(index)})" for index in indices)
+        return (
+            f"{what} at step {self.state.global_step + 1}, in the batch of {places}. Nothing of this step was applied "
+            "or saved. Look at the rows with inspect_data.py; if they are in order, lower --learning_rate, or use "
+            "--bf16 instead of --fp16, and continue with --resume_from_checkpoint True"
         )
 
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """The mean loss of a batch; sums are kept for the mean over all tokens."""
-        is_copy = self._find_copies(inputs.pop("row_index").tolist())
-        inputs.pop("token_counts")
-        inputs = self._prepare_inputs(inputs)
-        inputs["labels"] = inputs["labels"].masked_fill(is_copy.to(inputs["labels"].device)[:, None], IGNORED_LABEL)
-        supervised = (inputs["labels"][:, 1:] != IGNORED_LABEL).sum()
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss = model(**inputs).loss.detach()
-        self._validation += torch.stack([loss * supervised, supervised]).to(self._validation)
-        return loss, None, None
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the library does it, without drawing from the random numbers of the training."""
+        with kept_random_state(), self._without_engine():
+            return super().evaluate(*args, **kwargs)
+
+    @contextmanager
+    def _without_engine(self) -> Iterator[None]:
+        """DeepSpeed makes no engine for an evaluation where the weights are whole: the model does without."""
+        needs_none = self.is_deepspeed_enabled and self.deepspeed is None and not self.has_shared_weights
+        self.is_deepspeed_enabled = self.is_deepspeed_enabled and not needs_none
+        try:
+            yield
+        finally:
+            self.is_deepspeed_enabled = self.is_deepspeed_enabled or needs_none
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As the library does it, without what `NumberedCollator` added."""
+        return super().prediction_step(model, {k: v for k, v in inputs.items() if k not in ADDED}, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluates; the loss is the mean over all supervised tokens, whatever the batch size."""
-        self._validation = torch.zeros(2, dtype=torch.float64)
-        output = super().evaluation_loop(*args, **kwargs)
-        totals = self.accelerator.reduce(self._validation.float().to(self.args.device), reduction="sum")
-        name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
-        if name in output.metrics:
-            output.metrics[name] = (totals[0] / totals[1].clamp(min=1)).item()
-        if self.settings.run.eval_questions and "eval_loss" in output.metrics:
-            output.metrics.update({f"eval_{name}": figure for name, figure in self._ask().items()})
-        return output
+        """Evaluates, as the library does it."""
+        self._validated: set[int] = set()
+        return super().evaluation_loop(*args, **kwargs)
 
-    def _ask(self) -> dict[str, float]:
-        """What --eval_questions measures: "exact" is the share of the questions that are answered exactly."""
-        model = self.accelerator.unwrap_model(self.model)
-        model.eval()
-        with self.compute_loss_context_manager():
-            if self.settings.run.eval_questions_file:
-                return self._ask_facts(model)
-            return {"exact": self._ask_rows(model)}
+    def _find_copies(self, rows: list[int]) -> torch.Tensor:
+        """(B,), True for rows that were added so that all processes have the same number of full batches.
 
-    def _ask_facts(self, model: nn.Module) -> dict[str, float]:
-        """Questions that are held against facts; every process asks all of them."""
-        if self._evaluator is None:
-            run, args = self.settings.run, self.args
-            self._evaluator = build_training_evaluator(
-                run.eval_questions_file,
-                self.tokenizer_to_save,
-                count=run.eval_questions,
-                seed=args.seed,
-                prompt_format=self.settings.prompt_format,
-                batch_size=args.per_device_eval_batch_size,
-            )
-        return self._evaluator(model)
+        Args:
+            rows: `row_index` of a batch of an evaluation, each batch of it in its turn.
+        """
+        batches = [self._validation_positions[row] // self.args.eval_batch_size for row in rows]
+        is_own = [batch % self.args.world_size == self.args.process_index for batch in batches]
+        is_copy = [not own or row in self._validated for row, own in zip(rows, is_own)]
+        self._validated.update(rows)
+        return torch.tensor(is_copy)
 
-    def _ask_rows(self, model: nn.Module) -> float:
-        """Replies of the validation data, shared out among the processes."""
-        tokenizer = self.tokenizer_to_save
-        if self._questions is None:
-            rows, stops, count = self.eval_dataset.rows, tokenizer.stop_token_ids, self.settings.run.eval_questions
-            self._questions = sample_replies(rows, count, self.args.seed, stops, model.config.seq_length)
-            if not self._questions:
-                raise UserError("--eval_questions: no row of the validation data has a whole supervised reply")
-        own = share_out(self._questions, self.args.process_index, self.args.world_size)
-        written = write_replies(model, tokenizer, [reply for reply, _ in own], self.args.per_device_eval_batch_size)
-        exact = sum(is_reproduced(tokenizer, reply, ids) for (reply, counts), ids in zip(own, written) if counts)
-        total = self.accelerator.reduce(torch.tensor(float(exact), device=self.args.device), reduction="sum")
-        return total.item() / len(self._questions)
+    # Log
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds tokens per second to every entry with a training loss."""
+        if "loss" in logs:
+            logs.update(self.throughput.collect(self.accelerator))
+        super().log(logs, start_time)
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            self._write_checkpoint(folder)
+        except OSError:  # a full disk, most often: what is there is of no use, and takes room
+            if self.args.should_save:
+                remove_leftovers(self.args.output_dir)
+            raise
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        self.store_flos()
+        partial = self._start_partial(folder)
+        self.save_model(str(partial), _internal_call=True)
+        if not self.args.save_only_model:
+            self._save_optimizer_and_scheduler(str(partial))
+            self._save_scaler(str(partial))
+            self._save_rng_state(str(partial))
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(folder)
+        if self.args.should_save:
+            self._keep_callback_states()
+            self.state.save_to_json(str(partial / "trainer_state.json"))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            facts = {"method": self.settings.method, "stage": self.settings.stage.stage}
+            publish_checkpoint(folder, {"step": self.state.global_step, **facts, "run": self.describe_run()})
+            remove_old_checkpoints(self.args.output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+            self.plot()
+        self.accelerator.wait_for_everyone()
+
+    def _keep_callback_states(self) -> None:
+        """What a callback (early stopping) counts goes into the checkpoint with the state."""
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+
+    def _load_callback_state(self) -> None:
+        """Takes up the counts of a checkpoint; what the command line says of patience holds."""
+        super()._load_callback_state()
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback):
+                callback.early_stopping_patience = self.settings.run.early_stopping_patience
+                callback.early_stopping_threshold = self.settings.run.early_stopping_threshold
+
+    def _start_partial(self, folder: Path) -> Path:
+        if self.args.should_save:
+            start_partial(folder)
+        self.accelerator.wait_for_everyone()
+        return partial_folder(folder)
+
+    def save_result(self) -> None:
+        """Writes the trained prefix or model, the state and the loss curve into `output_dir` itself."""
+        folder = Path(self.args.output_dir)
+        partial = self._start_partial(folder / RESULT)
+        self.save_model(str(partial), _internal_call=True)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.state.save_to_json(str(partial / "trainer_state.json"))
+            publish_files(partial, folder)
+            self.plot()
+
+    def plot(self) -> None:
+        """Draws the curves into `output_dir`, unless --plot_loss False."""
+        if self.settings.run.plot_loss:
+            plot_curves(self.state.log_history, self.args.output_dir)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        save_trained(self.model, self.settings, folder, self.tokenizer_to_save, state_dict)
+
+    def describe_run(self) -> dict[str, Any]:
+        """What decides the course of a run; a resumed run is compared with it."""
+        data, args = self.settings.data, self.args
+        lengths = getattr(self.train_dataset, "lengths", None)  # unknown while streaming
+        return {
+            "train_format": data.train_format,
+            "template": data.template,
+            "train_file": data.dataset or Path(data.train_file or "").name,
+            "rows": None if lengths is None else len(lengths),
+            "tokens": None if lengths is None else sum(lengths),
+            "pre_seq_len": self.settings.pre_seq_len,
+            "learning_rate": args.learning_rate,
+            "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+            "max_steps": args.max_steps,
+            "num_train_epochs": None if args.max_steps > 0 else args.num_train_epochs,
+            "per_device_train_batch_size": args.per_device_train_batch_size,
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            "processes": args.world_size,
+            "rows of a step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "seed": args.seed,
+            "precision": self.settings.precision,
+        }
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Does nothing: `workflow` loads the weights of a checkpoint in place of the base model's."""
+
+    # DeepSpeed. Without an engine no step was left to train; the weights are those of the checkpoint.
+
+    @property
+    def deepspeed(self) -> Any:
+        """The engine; None before the training, and where no step is left. The library sets it."""
+        return self._engine
+
+    @deepspeed.setter
+    def deepspeed(self, engine: Any) -> None:
+        self._engine = engine
+        if engine is not None and self.settings.method != FULL:
+            leave_out_frozen(engine)
+
+    @property
+    def has_shared_weights(self) -> bool:
+        """Whether the weights are spread over the processes (ZeRO-3)."""
+        return self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the library does it, also where no engine was made; a prefix without the weights behind it."""
+        is_small = self.settings.method in (P_TUNING, LORA)
+        if not self.is_deepspeed_enabled or (self.deepspeed is not None and not (is_small and self.has_shared_weights)):
+            super().save_model(output_dir, _internal_call)
+            return
+        state = gather_parameters(self.model, only_trained=is_small) if self.has_shared_weights else None
+        self._save(output_dir, state)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if self.has_shared_weights:
+            load_shared(self.model, self.settings, best)
+        elif self.is_deepspeed_enabled and self.deepspeed is not None and self.settings.method == FULL:
+            super()._load_best_model()
+        else:
+            load_trained(self.model, self.settings, best)
+
+
+@contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Within this context random numbers may be drawn; afterwards all generators go on where they were."""
+    python, arrays, cpu = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
+        torch.random.set_rng_state(cpu)
+        if devices:
+            torch.cuda.set_rng_state_all(devices)
+
+
+def build_early_stopping(run: RunArguments) -> list[TrainerCallback]:
+    """transformers' early stopping, where it was asked for."""
+    if run.early_stopping_patience is None:
+        return []
+    return [EarlyStoppingCallback(run.early_stopping_patience, run.early_stopping_threshold)]
+
+
+def stopped_early(state: TrainerState, run: RunArguments) -> bool:
+    """Whether the patience of the command line was at its end when a checkpoint's state was saved."""
+    kept = state.stateful_callbacks.get(EarlyStoppingCallback.__name__)
+    if run.early_stopping_patience is None or not kept:
+        return False
+    return kept["attributes"]["early_stopping_patience_counter"] >= run.early_stopping_patience
+
+
+class EpochOrder(TrainerCallback):
+    """Tells the sampler which epoch begins, also when a run is resumed in the middle of one."""
+
+    def __init__(self, trainer: "RunTrainer") -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        order = getattr(self.trainer, "row_order", None)
+        if order is not None:
+            order.set_epoch(int((state.epoch or 0) + 1e-6))
+
+
+class Throughput(TrainerCallback):
+    """Counts tokens and the seconds spent in steps (not in validation or saving) since the last log entry."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.started: float | None = None
+        self.counts: torch.Tensor | None = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.started is not None:
+            self.seconds += time.perf_counter() - self.started
+            self.started = None
+
+    def add(self, counts: torch.Tensor) -> None:
+        """Adds a batch: (2,), all tokens without padding and supervised ones."""
+        self.counts = counts.clone() if self.counts is None else self.counts + counts
+
+    def collect(self, accelerator: Any) -> dict[str, float]:
+        """Returns tokens per second over all processes since the last call, and starts over."""
+        if self.counts is None or self.seconds == 0:
+            return {}
+        total, supervised = accelerator.reduce(self.counts, reduction="sum").tolist()
+        speeds = {
+            "tokens_per_second": round(total / self.seconds),
+            "supervised_tokens_per_second": round(supervised / self.seconds),
+        }
+        self.seconds, self.counts = 0.0, None
+        return speeds
+
+
+logger = logging.getLogger(__name__)
+
+
+class RunStopped(Exception):
+    """The run was asked to stop, and has saved a checkpoint."""
+
+
+class StopOnSignal(TrainerCallback):
+    """Saves and stops at the end of the step in which SIGTERM arrives; a second SIGTERM ends the process at once."""
+
+    def __init__(self) -> None:
+        self.is_asked = False
+        self.stopped_after: int | None = None  # the step
+        self._before: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._note)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._restore()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stopped_after is None and self._is_asked_anywhere(args):
+            self.stopped_after = state.global_step
+            control.should_save = control.should_training_stop = True
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.is_asked = True
+        self._restore()
+        logger.warning("SIGTERM: the run saves a checkpoint after this step and ends")
+
+    def _restore(self) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+            self._before = None
+
+    def _is_asked_anywhere(self, args: Any) -> bool:
+        """All processes have to stop after the same step, whichever of them the signal reached."""
+        if args.world_size == 1:
+            return self.is_asked
+        asked = torch.tensor(int(self.is_asked), device=args.device)
+        torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
+        return bool(asked)

@@ -11,7 +11,6 @@ from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.conversation.records import RecordError
 from finetune_chatmodel_demo.conversation.stage_data import StageData, build_stage_data
 from finetune_chatmodel_demo.training.base_model import load_base_tokenizer
-from finetune_chatmodel_demo.training.callbacks import stopped_early
 from finetune_chatmodel_demo.training.checkpoints import (
     list_checkpoints,
     read_manifest,
@@ -21,7 +20,7 @@ from finetune_chatmodel_demo.training.checkpoints import (
 from finetune_chatmodel_demo.training.manifest import write_run_manifest
 from finetune_chatmodel_demo.training.methods import prepare_model
 from finetune_chatmodel_demo.training.report import count_steps, describe_start, sanity_check
-from finetune_chatmodel_demo.training.run_logs import (
+from finetune_chatmodel_demo.training.results import (
     TrainerLogCallback,
     describe_evaluation,
     describe_training,
@@ -29,10 +28,9 @@ from finetune_chatmodel_demo.training.run_logs import (
     remove_results,
     save_results,
 )
-from finetune_chatmodel_demo.training.run_trainer import RunTrainer
 from finetune_chatmodel_demo.training.settings import Settings
 from finetune_chatmodel_demo.training.start_plan import describe_dry_run, warn_of_memory
-from finetune_chatmodel_demo.training.stopping import RunStopped, StopOnSignal
+from finetune_chatmodel_demo.training.trainer import RunStopped, RunTrainer, StopOnSignal, stopped_early
 from finetune_chatmodel_demo.training.zero import take_up_other_processes
 
 SETTINGS_FILE = "settings.json"
@@ -118,7 +116,7 @@ def trainer_class(stage: str) -> type[RunTrainer]:
         from finetune_chatmodel_demo.training.stages.ppo import PPOTrainer
 
         return PPOTrainer
-    from finetune_chatmodel_demo.training.trainer import ChatTrainer
+    from finetune_chatmodel_demo.training.stages.sft import ChatTrainer
 
     return ChatTrainer
 

@@ -12,9 +12,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from finetune_chatmodel_demo.conversation.rendering import IGNORED_LABEL
-from finetune_chatmodel_demo.training.diagnosis import LearningWatch
-from finetune_chatmodel_demo.training.run_trainer import RunTrainer
 from finetune_chatmodel_demo.training.settings import Settings
+from finetune_chatmodel_demo.training.trainer import RunTrainer
+from finetune_chatmodel_demo.training.watch import LearningWatch
 
 # A loss of log 2 = 0.69 tells nothing apart; at 0.1 nine pairs of ten are far apart.
 LEARNED = 0.1

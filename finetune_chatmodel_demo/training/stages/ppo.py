@@ -21,7 +21,6 @@ from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.conversation.collating import PadCollator
 from finetune_chatmodel_demo.generation.prompts import prompt_budget
 from finetune_chatmodel_demo.training.report import uses_checkpointing
-from finetune_chatmodel_demo.training.run_trainer import RunTrainer
 from finetune_chatmodel_demo.training.settings import Settings
 from finetune_chatmodel_demo.training.stages import ppo_settings
 from finetune_chatmodel_demo.training.stages.ppo_collecting import Collector
@@ -32,6 +31,7 @@ from finetune_chatmodel_demo.training.stages.ppo_rollouts import Rollout, order_
 from finetune_chatmodel_demo.training.stages.ppo_updating import Updater
 from finetune_chatmodel_demo.training.stages.ppo_watch import RolloutWatch
 from finetune_chatmodel_demo.training.stages.reference import build_reference, disable_dropout
+from finetune_chatmodel_demo.training.trainer import RunTrainer
 
 STATE_FILE = "ppo_state.pt"
 ROLLOUT_FILE = "ppo_rollout_{process}.pt"

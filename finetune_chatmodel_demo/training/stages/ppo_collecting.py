@@ -10,7 +10,6 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from finetune_chatmodel_demo.training.run_trainer import NonFiniteLossError
 from finetune_chatmodel_demo.training.settings import Settings
 from finetune_chatmodel_demo.training.stages import ppo_settings
 from finetune_chatmodel_demo.training.stages.ppo_math import (
@@ -31,6 +30,7 @@ from finetune_chatmodel_demo.training.stages.ppo_rollouts import (
     join_rows,
     write_replies,
 )
+from finetune_chatmodel_demo.training.trainer import NonFiniteLossError
 
 NO_PROBABILITIES = "probability tensor contains"  # what torch says when it shall draw from NaN
 

@@ -10,11 +10,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from finetune_chatmodel_demo.training.run_trainer import NonFiniteLossError
 from finetune_chatmodel_demo.training.settings import Settings
 from finetune_chatmodel_demo.training.stages.ppo_math import kl_k3, policy_loss, value_loss
 from finetune_chatmodel_demo.training.stages.ppo_policy import PolicyWithValue
 from finetune_chatmodel_demo.training.stages.ppo_rollouts import Rollout
+from finetune_chatmodel_demo.training.trainer import NonFiniteLossError
 
 # Means over the tokens of an update. `policy_kl`: how far the policy has moved since the rollout.
 UPDATE_FIGURES = (
