@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+from finetune_chatmodel_demo.chatglm3.chat import ChatMethods
 
-class CharacterTokenizer:
+
+class CharacterTokenizer(ChatMethods):
     """Stands in for ChatGLM3's: a token is a character, control tokens are 1 to 7."""
 
     eos_token_id = 6
@@ -16,8 +18,8 @@ class CharacterTokenizer:
     def encode_text(self, text: str) -> list[int]:
         return [100 + ord(character) for character in text]
 
-    def build_single_message(self, role: str, metadata: str, message: str) -> list[int]:
-        return [self.get_command(f"<|{role}|>"), *self.encode_text(f"{metadata}\n"), *self.encode_text(message)]
+    def get_prefix_tokens(self) -> list[int]:
+        return [1, 2]
 
 
 TOKENIZER = CharacterTokenizer()

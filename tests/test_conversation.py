@@ -409,14 +409,6 @@ def test_truncation_drops_a_question_whose_reply_does_not_fit():
     assert (kept.turns_dropped, kept.is_cut, len(kept.turn_starts)) == (4, False, 3)
 
 
-def test_truncation_refuses_nonsense():
-    row = render_conversation(TOKENIZER, PIKACHU)
-    with pytest.raises(ValueError, match="truncation_strategy 'head' is unknown; use turns or official"):
-        truncate(row, 5, "head")
-    with pytest.raises(ValueError, match="max_seq_length must be at least 1, got 0"):
-        truncate(row, 0)
-
-
 # Datasets
 
 

@@ -11,7 +11,7 @@ from conftest import REPOSITORY
 from conversation_helpers import message, write_jsonl
 
 from finetune_chatmodel_demo import evaluate
-from finetune_chatmodel_demo.conversation.rendering import render_prompt
+from finetune_chatmodel_demo.conversation.render import render_prompt
 from finetune_chatmodel_demo.evaluation import conversation_files
 from finetune_chatmodel_demo.evaluation.exact_match import (
     Question,

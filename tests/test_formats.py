@@ -17,7 +17,7 @@ from finetune_chatmodel_demo.conversation.records import (
     validate_text,
 )
 from finetune_chatmodel_demo.conversation.registry import Columns, DatasetEntry, Tags
-from finetune_chatmodel_demo.conversation.rendering import IGNORED_LABEL, render_conversation
+from finetune_chatmodel_demo.conversation.render import IGNORED_LABEL, render_conversation
 
 REGISTRY = Path("dataset_info.json")
 MESSAGE_TAGS = Tags(role_tag="role", content_tag="content", user_tag="user", assistant_tag="assistant")

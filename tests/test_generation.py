@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_chatmodel_demo.chatglm3 import load_model
-from finetune_chatmodel_demo.conversation.rendering import render_prompt
+from finetune_chatmodel_demo.conversation.render import render_prompt
 from finetune_chatmodel_demo.generation.batch import BatchReply, generate_batch, generate_replies
 from finetune_chatmodel_demo.generation.prompts import PromptTooLongError, drop_oldest_turn, fit_prompt
 from finetune_chatmodel_demo.generation.replies import ReplyReader, find_tool_name, read_reply

@@ -15,7 +15,7 @@ from conversation_helpers import conversation, user, write_jsonl
 from training_helpers import flags
 
 from finetune_chatmodel_demo.chatglm3 import load_model, load_tokenizer
-from finetune_chatmodel_demo.conversation.rendering import render_prompt
+from finetune_chatmodel_demo.conversation.render import render_prompt
 from finetune_chatmodel_demo.generation.replies import read_reply
 from finetune_chatmodel_demo.generation.session import build_settings
 from finetune_chatmodel_demo.training import workflow

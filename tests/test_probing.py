@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from finetune_chatmodel_demo.conversation.rendering import render_conversation
+from finetune_chatmodel_demo.conversation.render import render_conversation
 from finetune_chatmodel_demo.evaluation import probing
 from finetune_chatmodel_demo.evaluation.probing import (
     PROBES_FILE,

@@ -12,7 +12,7 @@ from conversation_helpers import assistant, conversation, user, write_jsonl
 from finetune_chatmodel_demo.conversation import datasets, row_store
 from finetune_chatmodel_demo.conversation.arguments import DataArguments
 from finetune_chatmodel_demo.conversation.records import read_records
-from finetune_chatmodel_demo.conversation.rows import RowSettings
+from finetune_chatmodel_demo.conversation.render import RowSettings
 from finetune_chatmodel_demo.conversation.stage_data import build_stage_data
 
 

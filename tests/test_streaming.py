@@ -9,7 +9,7 @@ from conversation_helpers import TOKENIZER, assistant, conversation, pair, user,
 
 from finetune_chatmodel_demo.conversation import DataArguments, RecordError, read_records
 from finetune_chatmodel_demo.conversation.mixing import mix_order
-from finetune_chatmodel_demo.conversation.rows import RowSettings
+from finetune_chatmodel_demo.conversation.render import RowSettings
 from finetune_chatmodel_demo.conversation.stage_data import NamedSource, build_stage_data
 from finetune_chatmodel_demo.conversation.streaming import StreamedRows, mix_streams, shuffle_in_buffer
 

@@ -21,8 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_chatmodel_demo.conversation import DataArguments, render_conversation, render_input_output, render_prompt
-from finetune_chatmodel_demo.conversation.templates import TEMPLATES
-from finetune_chatmodel_demo.conversation.truncation import truncate
+from finetune_chatmodel_demo.conversation.render import TEMPLATES, truncate
 
 EOS = "<6>"
 CALL = {"role": "tool", "name": "f", "parameters": {"a": 1}, "observation": {"键": 1}}
@@ -117,7 +116,9 @@ def test_a_prompt_without_a_question_opens_a_reply():
     assert read_ids(render_prompt(TOKENIZER, [], prompt_format="default")) == "<1><2>Assistant: "
     after_reply = render_prompt(TOKENIZER, [assistant("a")], prompt_format="default")
     assert read_ids(after_reply) == f"<1><2>Assistant: a{EOS}\nAssistant: "
-    with pytest.raises(ValueError, match="prompt_format 'chat' is unknown; use multi-turn, input-output, default or"):
+    with pytest.raises(
+        ValueError, match="prompt_format 'chat' is unknown; use one of multi-turn, input-output, default"
+    ):
         render_prompt(TOKENIZER, [], prompt_format="chat")
     with pytest.raises(ValueError, match="template 'alpaca' is unknown; use chatglm3, default or raw"):
         render_conversation(TOKENIZER, TWO_ROUNDS, "alpaca")
@@ -207,11 +208,11 @@ def test_arguments_know_the_format_that_a_checkpoint_records():
 
 def test_the_formats_are_named_alike_everywhere():
     from finetune_chatmodel_demo.chatglm3 import checkpoints
-    from finetune_chatmodel_demo.conversation import rendering
+    from finetune_chatmodel_demo.conversation import render
     from finetune_chatmodel_demo.generation import loading
 
-    assert checkpoints.PROMPT_FORMATS == rendering.PROMPT_FORMATS == loading.PROMPT_FORMATS
-    assert {DataArguments(template=template).prompt_format for template in TEMPLATES} < set(rendering.PROMPT_FORMATS)
+    assert checkpoints.PROMPT_FORMATS == render.PROMPT_FORMATS == loading.PROMPT_FORMATS
+    assert {DataArguments(template=template).prompt_format for template in TEMPLATES} < set(render.PROMPT_FORMATS)
 
 
 @pytest.mark.parametrize("prompt_format", ["default", "raw"])

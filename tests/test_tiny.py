@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from data_processing.template_reader import load_template
 from finetune_chatmodel_demo.chatglm3 import ChatGLM3ForCausalLM, ChatGLMTokenizer, load_model, load_tokenizer
-from finetune_chatmodel_demo.conversation.rendering import render_prompt
+from finetune_chatmodel_demo.conversation.render import render_prompt
 
 BUILD_PROGRAM = REPOSITORY / "THUDM" / "build_chatglm3_tiny.py"
 TEMPLATES = REPOSITORY / "data_processing" / "templates"

@@ -498,7 +498,7 @@ def test_functions_can_be_tools(tok):
         ([{"role": "bot", "content": ""}], {}, "message 0: role 'bot' is unknown; use system, user, assistant or"),
         ([*CHAT, {"role": "user"}], {}, "message 2: 'content' is None; it must be a string"),
         ([{"content": "火"}], {}, "message 0: 'role' is None"),
-        ([{"role": "user", "content": "a\ud83d"}], {}, r"message 0: character 1 .* \(U\+D83D\)"),
+        ([{"role": "user", "content": "a\ud83d"}], {}, r"message 0: .*ud83d"),
         (CHAT, {"chat_template": "{{ messages }}"}, "chat_template is not supported"),
         (CHAT, {"documents": [{"text": "火"}]}, "documents is not supported"),
         (CHAT, {"add_generation_prompt": True, "continue_final_message": True}, "exclude each other"),

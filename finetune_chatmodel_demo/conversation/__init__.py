@@ -14,17 +14,17 @@ from finetune_chatmodel_demo.conversation.records import (
     validate_conversation,
     validate_input_output,
 )
-from finetune_chatmodel_demo.conversation.rendering import (
+from finetune_chatmodel_demo.conversation.render import (
     IGNORED_LABEL,
     PROMPT_FORMATS,
+    TEMPLATES,
     Rendering,
     render_conversation,
     render_input_output,
     render_prompt,
+    truncate,
 )
 from finetune_chatmodel_demo.conversation.stage_data import StageData, build_stage_data
-from finetune_chatmodel_demo.conversation.templates import TEMPLATES
-from finetune_chatmodel_demo.conversation.truncation import truncate
 
 __all__ = [
     "IGNORED_LABEL",

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_chatmodel_demo.conversation.rendering import IGNORED_LABEL
+from finetune_chatmodel_demo.conversation.render import IGNORED_LABEL
 
 
 @dataclass(frozen=True)

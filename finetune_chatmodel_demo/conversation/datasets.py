@@ -14,6 +14,13 @@ import numpy as np
 from tqdm import tqdm
 
 from finetune_chatmodel_demo.conversation.records import RecordError, RecordSource, read_records
+from finetune_chatmodel_demo.conversation.render import (
+    IGNORED_LABEL,
+    PARTS,
+    ChatTokenizer,
+    RowSettings,
+    TruncationStrategy,
+)
 from finetune_chatmodel_demo.conversation.row_store import (
     REPORT,
     RowStore,
@@ -22,10 +29,7 @@ from finetune_chatmodel_demo.conversation.row_store import (
     keep_in_memory,
     read_files,
 )
-from finetune_chatmodel_demo.conversation.rows import PARTS, RowSettings
-from finetune_chatmodel_demo.conversation.templates import IGNORED_LABEL, ChatTokenizer
 from finetune_chatmodel_demo.conversation.tokenizing import DatasetReport, RenderedChunk, render_chunks
-from finetune_chatmodel_demo.conversation.truncation import TruncationStrategy
 
 logger = logging.getLogger(__name__)
 

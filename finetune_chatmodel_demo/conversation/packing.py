@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune_chatmodel_demo.conversation.templates import IGNORED_LABEL, ChatTokenizer, start_ids
+from finetune_chatmodel_demo.conversation.render import IGNORED_LABEL, ChatTokenizer
 from finetune_chatmodel_demo.conversation.tokenizing import DatasetReport
 
 
@@ -36,7 +36,7 @@ class PackedDataset:
         Raises:
             ValueError: The limit leaves no room for a token of a document.
         """
-        self._start = start_ids(tokenizer)
+        self._start = tokenizer.get_prefix_tokens()
         self._capacity = block_capacity(max_seq_length)
         self.documents = documents
         # Document d is between offsets[d] and offsets[d + 1] of all documents' tokens.

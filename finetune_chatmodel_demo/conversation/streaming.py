@@ -22,7 +22,7 @@ from finetune_chatmodel_demo.conversation.datasets import DATASETS, build_rows
 from finetune_chatmodel_demo.conversation.json_files import Located, RecordError
 from finetune_chatmodel_demo.conversation.mixing import MixStrategy, draw_sources, parse_probabilities
 from finetune_chatmodel_demo.conversation.packing import block_capacity, make_block
-from finetune_chatmodel_demo.conversation.rows import Row, RowSettings
+from finetune_chatmodel_demo.conversation.render import IGNORED_LABEL, ChatTokenizer, Row, RowSettings
 from finetune_chatmodel_demo.conversation.stage_data import (
     FirstRecords,
     NamedSource,
@@ -32,7 +32,6 @@ from finetune_chatmodel_demo.conversation.stage_data import (
     open_sources,
     pack,
 )
-from finetune_chatmodel_demo.conversation.templates import IGNORED_LABEL, ChatTokenizer, start_ids
 from finetune_chatmodel_demo.conversation.tokenizing import DatasetReport
 
 
@@ -99,7 +98,7 @@ class StreamedRows(IterableDataset):
     def _finish(self, row: Any) -> dict[str, list[int]]:
         """A row as a trainer takes it, from what `_rows` gives."""
         if self.settings.stage == "pt":
-            return make_block(start_ids(self.tokenizer), row.tolist())
+            return make_block(self.tokenizer.get_prefix_tokens(), row.tolist())
         return DATASETS[self.settings.stage].make_item(*row)
 
     def _rows(self, shard: int, shards: int) -> Iterator[Any]:

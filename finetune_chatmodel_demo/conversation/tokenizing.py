@@ -12,8 +12,7 @@ import numpy as np
 
 from finetune_chatmodel_demo.conversation.json_files import Located
 from finetune_chatmodel_demo.conversation.records import RecordSource
-from finetune_chatmodel_demo.conversation.rows import PARTS, Row, RowSettings
-from finetune_chatmodel_demo.conversation.templates import IGNORED_LABEL, ChatTokenizer
+from finetune_chatmodel_demo.conversation.render import IGNORED_LABEL, PARTS, ChatTokenizer, Row, RowSettings
 
 __all__ = ["DatasetReport", "RenderedChunk", "RowSettings", "render_chunks"]
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from finetune_chatmodel_demo.conversation.mixing import RowView
 from finetune_chatmodel_demo.conversation.packing import PackedDataset
-from finetune_chatmodel_demo.conversation.templates import IGNORED_LABEL
+from finetune_chatmodel_demo.conversation.render import IGNORED_LABEL
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 CONTROL_TOKENS = ("[gMASK]", "sop", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")

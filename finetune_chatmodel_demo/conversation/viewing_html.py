@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from finetune_chatmodel_demo.conversation.packing import PackedDataset
-from finetune_chatmodel_demo.conversation.templates import IGNORED_LABEL
+from finetune_chatmodel_demo.conversation.render import IGNORED_LABEL
 from finetune_chatmodel_demo.conversation.viewing import (
     RowPart,
     describe,

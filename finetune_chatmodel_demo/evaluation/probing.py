@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from finetune_chatmodel_demo.conversation.rendering import IGNORED_LABEL, render_conversation, render_prompt
+from finetune_chatmodel_demo.conversation.render import IGNORED_LABEL, render_conversation, render_prompt
 from finetune_chatmodel_demo.evaluation.fact_checking import BROKEN
 from finetune_chatmodel_demo.generation.batch import BatchReply, generate_replies
 

@@ -9,7 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-from finetune_chatmodel_demo.conversation.rendering import PROMPT_FORMATS
+from finetune_chatmodel_demo.conversation.render import PROMPT_FORMATS
 from finetune_chatmodel_demo.generation.errors import UsageError
 from finetune_chatmodel_demo.generation.folders import (
     ADAPTER,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune_chatmodel_demo.conversation.rendering import PROMPT_FORMATS
+from finetune_chatmodel_demo.conversation.render import PROMPT_FORMATS
 from finetune_chatmodel_demo.generation.errors import UsageError
 from finetune_chatmodel_demo.generation.folders import (
     ADAPTER,

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from finetune_chatmodel_demo.conversation.rendering import render_prompt
+from finetune_chatmodel_demo.conversation.render import render_prompt
 
 CONVERSATIONS = (
     [{"role": "user", "content": "你好，请介绍一下你自己。"}],

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_chatmodel_demo.conversation.rendering import render_prompt
-from finetune_chatmodel_demo.conversation.truncation import count_droppable_turns, drop_oldest_turns
+from finetune_chatmodel_demo.conversation.render import count_droppable_turns, drop_oldest_turns, render_prompt
 
 
 class PromptTooLongError(ValueError):

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from finetune_chatmodel_demo.common.errors import UserError
-from finetune_chatmodel_demo.conversation.rendering import IGNORED_LABEL
+from finetune_chatmodel_demo.conversation.render import IGNORED_LABEL
 from finetune_chatmodel_demo.generation.batch import generate_ids, generate_replies
 from finetune_chatmodel_demo.generation.replies import read_reply
 from finetune_chatmodel_demo.generation.session import build_settings

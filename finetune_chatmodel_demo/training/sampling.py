@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
 from finetune_chatmodel_demo.conversation.records import RecordError
-from finetune_chatmodel_demo.conversation.rendering import IGNORED_LABEL
+from finetune_chatmodel_demo.conversation.render import IGNORED_LABEL
 from finetune_chatmodel_demo.training.arguments import GROUP_BY_LENGTH
 
 UNITS_PER_POOL = 50

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from finetune_chatmodel_demo.common.errors import UserError
-from finetune_chatmodel_demo.conversation.rendering import IGNORED_LABEL
+from finetune_chatmodel_demo.conversation.render import IGNORED_LABEL
 from finetune_chatmodel_demo.training.plan_report import describe_in_a_line, describe_plan, describe_problem
 from finetune_chatmodel_demo.training.run_plan import RunPlan, make_plan
 from finetune_chatmodel_demo.training.settings import Settings

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from trl import DPOTrainer
 
-from finetune_chatmodel_demo.conversation.rendering import IGNORED_LABEL
+from finetune_chatmodel_demo.conversation.render import IGNORED_LABEL
 from finetune_chatmodel_demo.training.settings import Settings
 from finetune_chatmodel_demo.training.stages.pairs import PairTrainer
 from finetune_chatmodel_demo.training.stages.reference import (

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from finetune_chatmodel_demo.conversation.rendering import IGNORED_LABEL
+from finetune_chatmodel_demo.conversation.render import IGNORED_LABEL
 from finetune_chatmodel_demo.training.settings import Settings
 from finetune_chatmodel_demo.training.trainer import RunTrainer
 from finetune_chatmodel_demo.training.watch import LearningWatch
