@@ -18,7 +18,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from finetune_chatmodel_demo.conversation.arguments import add_data_arguments, read_data_arguments
+from finetune_chatmodel_demo.conversation.data_arguments import add_data_arguments, read_data_arguments
 from finetune_chatmodel_demo.conversation.records import STAGE_KINDS
 from finetune_chatmodel_demo.conversation.stage_data import StageData, build_stage_data
 from finetune_chatmodel_demo.conversation.viewing import format_row, format_summary

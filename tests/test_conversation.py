@@ -519,7 +519,7 @@ def test_flags_are_the_same_for_both_parsers():
 
     from transformers import HfArgumentParser
 
-    from finetune_chatmodel_demo.conversation.arguments import add_data_arguments, read_data_arguments
+    from finetune_chatmodel_demo.conversation.data_arguments import add_data_arguments, read_data_arguments
 
     parser = argparse.ArgumentParser()
     add_data_arguments(parser)

@@ -16,7 +16,7 @@ from conversation_helpers import assistant, conversation, pair, user, write_json
 
 from finetune_chatmodel_demo import inspect_data
 from finetune_chatmodel_demo.conversation import DataArguments, build_dataset, render_conversation, render_input_output
-from finetune_chatmodel_demo.conversation.arguments import read_data_arguments
+from finetune_chatmodel_demo.conversation.data_arguments import read_data_arguments
 from finetune_chatmodel_demo.conversation.stage_data import build_stage_data
 from finetune_chatmodel_demo.conversation.viewing import format_row, token_texts
 

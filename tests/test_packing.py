@@ -22,7 +22,7 @@ from finetune_chatmodel_demo.chatglm3.adapters import add_adapter
 from finetune_chatmodel_demo.chatglm3.attention import Prefix
 from finetune_chatmodel_demo.chatglm3.packing import Packing, _flex
 from finetune_chatmodel_demo.conversation.collating import PackCollator
-from finetune_chatmodel_demo.conversation.grouping import group_rows
+from finetune_chatmodel_demo.conversation.packing import group_rows
 
 LENGTHS = (7, 1, 12, 5)
 

@@ -9,8 +9,8 @@ import pytest
 from conftest import REPOSITORY
 from conversation_helpers import assistant, conversation, user, write_jsonl
 
-from finetune_chatmodel_demo.conversation import datasets, row_store
-from finetune_chatmodel_demo.conversation.arguments import DataArguments
+from finetune_chatmodel_demo.conversation import row_store, rows
+from finetune_chatmodel_demo.conversation.data_arguments import DataArguments
 from finetune_chatmodel_demo.conversation.records import read_records
 from finetune_chatmodel_demo.conversation.render import RowSettings
 from finetune_chatmodel_demo.conversation.stage_data import build_stage_data
@@ -28,13 +28,13 @@ def data(tmp_path):
 @pytest.fixture
 def renderings(monkeypatch):
     """Counts the passes that render."""
-    passes, original = [], datasets.render_chunks
+    passes, original = [], rows.render_chunks
 
     def render_chunks(*args):
         passes.append(1)
         return original(*args)
 
-    monkeypatch.setattr(datasets, "render_chunks", render_chunks)
+    monkeypatch.setattr(rows, "render_chunks", render_chunks)
     return passes
 
 

@@ -24,10 +24,10 @@ from hypothesis import strategies as st
 
 from finetune_chatmodel_demo.conversation import DataArguments, RecordError, build_dataset, read_records, tokenizing
 from finetune_chatmodel_demo.conversation import stage_data as stage_data_module
-from finetune_chatmodel_demo.conversation.datasets import DocumentDataset, build_rows
 from finetune_chatmodel_demo.conversation.mixing import RowView, mix_order, parse_probabilities, split_rows
 from finetune_chatmodel_demo.conversation.packing import PackedDataset
 from finetune_chatmodel_demo.conversation.render import RowSettings, render_conversation
+from finetune_chatmodel_demo.conversation.rows import DocumentDataset, build_rows
 from finetune_chatmodel_demo.conversation.stage_data import build_stage_data
 from finetune_chatmodel_demo.conversation.tables import WIDEST, display_width, format_data_table
 from finetune_chatmodel_demo.conversation.tokenizing import DatasetReport

@@ -3,9 +3,8 @@
 This room stands on the ground: it is handed a tokenizer and knows no model. See `inspect_data.py`.
 """
 
-from finetune_chatmodel_demo.conversation.arguments import DataArguments
 from finetune_chatmodel_demo.conversation.collating import PadCollator
-from finetune_chatmodel_demo.conversation.datasets import ConversationDataset, DatasetReport, build_dataset
+from finetune_chatmodel_demo.conversation.data_arguments import DataArguments
 from finetune_chatmodel_demo.conversation.records import (
     RecordError,
     RecordFile,
@@ -24,6 +23,7 @@ from finetune_chatmodel_demo.conversation.render import (
     render_prompt,
     truncate,
 )
+from finetune_chatmodel_demo.conversation.rows import ConversationDataset, DatasetReport, build_dataset
 from finetune_chatmodel_demo.conversation.stage_data import StageData, build_stage_data
 
 __all__ = [

@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from finetune_chatmodel_demo.conversation.arguments import DataArguments
-from finetune_chatmodel_demo.conversation.datasets import build_rows
+from finetune_chatmodel_demo.conversation.data_arguments import DataArguments
 from finetune_chatmodel_demo.conversation.json_files import Located
 from finetune_chatmodel_demo.conversation.mixing import MixStrategy, RowView, mix_order, parse_probabilities, split_rows
 from finetune_chatmodel_demo.conversation.packing import PackedDataset, block_capacity
 from finetune_chatmodel_demo.conversation.records import STAGE_KINDS, RecordSource, read_records
 from finetune_chatmodel_demo.conversation.render import ChatTokenizer, RowSettings, Stage
+from finetune_chatmodel_demo.conversation.rows import build_rows
 from finetune_chatmodel_demo.conversation.tables import format_data_table
 
 BAD_RECORDS_SHOWN = 3

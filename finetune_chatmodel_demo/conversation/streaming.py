@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from finetune_chatmodel_demo.conversation.arguments import DataArguments
-from finetune_chatmodel_demo.conversation.datasets import DATASETS, build_rows
+from finetune_chatmodel_demo.conversation.data_arguments import DataArguments
 from finetune_chatmodel_demo.conversation.json_files import Located, RecordError
 from finetune_chatmodel_demo.conversation.mixing import MixStrategy, draw_sources, parse_probabilities
 from finetune_chatmodel_demo.conversation.packing import block_capacity, make_block
 from finetune_chatmodel_demo.conversation.render import IGNORED_LABEL, ChatTokenizer, Row, RowSettings
+from finetune_chatmodel_demo.conversation.rows import DATASETS, build_rows
 from finetune_chatmodel_demo.conversation.stage_data import (
     FirstRecords,
     NamedSource,

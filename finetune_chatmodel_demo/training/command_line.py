@@ -14,7 +14,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 from finetune_chatmodel_demo.common.errors import UserError
-from finetune_chatmodel_demo.conversation.arguments import DataArguments
+from finetune_chatmodel_demo.conversation.data_arguments import DataArguments
 from finetune_chatmodel_demo.training.arguments import (
     GenerationArguments,
     MethodArguments,

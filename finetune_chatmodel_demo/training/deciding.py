@@ -10,7 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from finetune_chatmodel_demo.common.errors import UserError
-from finetune_chatmodel_demo.conversation.arguments import DataArguments
+from finetune_chatmodel_demo.conversation.data_arguments import DataArguments
 from finetune_chatmodel_demo.training.arguments import (
     FULL,
     GROUP_BY_LENGTH,

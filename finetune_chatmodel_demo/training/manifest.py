@@ -21,8 +21,8 @@ from typing import Any
 from torch.utils.data import IterableDataset
 
 from finetune_chatmodel_demo.common.errors import UserError
-from finetune_chatmodel_demo.conversation.arguments import DataArguments
-from finetune_chatmodel_demo.conversation.grouping import GroupedRows
+from finetune_chatmodel_demo.conversation.data_arguments import DataArguments
+from finetune_chatmodel_demo.conversation.packing import GroupedRows
 from finetune_chatmodel_demo.conversation.registry import choose_entries, find_dataset_dir, read_registry
 from finetune_chatmodel_demo.conversation.stage_data import build_stage_data
 from finetune_chatmodel_demo.training.base_model import load_base_tokenizer

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from finetune_chatmodel_demo.conversation.grouping import GroupedRows
+from finetune_chatmodel_demo.conversation.packing import GroupedRows
 from finetune_chatmodel_demo.training.methods import describe_method
 from finetune_chatmodel_demo.training.plan_report import describe_in_a_line
 from finetune_chatmodel_demo.training.settings import Settings

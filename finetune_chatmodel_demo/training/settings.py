@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from finetune_chatmodel_demo.conversation.arguments import DataArguments
+from finetune_chatmodel_demo.conversation.data_arguments import DataArguments
 from finetune_chatmodel_demo.training.arguments import (
     FREEZE,
     FULL,

@@ -5,7 +5,7 @@ from typing import Any
 from benchmark_helpers import Elapsed, ModelSize, summarize
 from pokemon_rows import PokemonRows, Row
 
-from finetune_chatmodel_demo.conversation.grouping import group_rows
+from finetune_chatmodel_demo.conversation.packing import group_rows
 
 # What the project aims at: tokens per second, packed over padded, by maximum length.
 TARGET_SPEEDUP = {2048: 40.0, 512: 7.0}

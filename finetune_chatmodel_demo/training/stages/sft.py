@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.conversation.collating import PackCollator, PadCollator
-from finetune_chatmodel_demo.conversation.grouping import GroupedRows
+from finetune_chatmodel_demo.conversation.packing import GroupedRows
 from finetune_chatmodel_demo.conversation.render import IGNORED_LABEL
 from finetune_chatmodel_demo.evaluation.sample import TrainingEvaluator, build_training_evaluator
 from finetune_chatmodel_demo.training.prediction import (
