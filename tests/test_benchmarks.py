@@ -145,7 +145,7 @@ def test_bad_numbers_are_refused(program, flag, capsys):
     assert "at least" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_command_measures_memory(tmp_path):
     command = [sys.executable, str(BENCHMARKS / "bench_training.py"), *SMALL_TRAINING, "--repeats", "1"]
     finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
@@ -159,7 +159,7 @@ def test_command_measures_memory(tmp_path):
 SMALL_GPU = ["--device", "cpu", "--small", "--steps", "1", "--threads", "1"]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_gpu_report_on_the_cpu(tmp_path):
     output = tmp_path / "gpu.json"
     report = bench_gpu.main([*SMALL_GPU, "--output", str(output)])
@@ -230,7 +230,7 @@ def test_useful_operations_and_plans_of_a_gpu_report():
     assert compared["all_within_10_percent"] is False
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_rows_are_counted_kept_and_watched(tmp_path):
     report = bench_rows.main(["--rows", "256", "2048", "--output", str(tmp_path / "rows.json")])

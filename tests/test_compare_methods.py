@@ -12,7 +12,7 @@ REPORT = BENCHMARKS / "results" / "compare_methods.json"
 sys.path.insert(0, str(BENCHMARKS))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_quick_comparison(tmp_path, capsys):
     import compare_methods
 

@@ -15,7 +15,7 @@ from sweep_prefix import Setting
 RESULTS = Path(__file__).resolve().parent / "benchmarks" / "results"
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_quick_sweep_and_its_continuation(tmp_path, capsys):
     arguments = ["--quick", "--threads", "1", "--runs", str(tmp_path / "runs.jsonl"), "--report", str(tmp_path)]
     report = sweep_prefix.main(arguments)
