@@ -69,8 +69,8 @@ def _run(given: dict[str, object], notices: list[str]) -> int:
     import torch
 
     from finetune_chatmodel_demo.conversation import RecordError
+    from finetune_chatmodel_demo.training.callbacks import RunStopped
     from finetune_chatmodel_demo.training.deciding import decide_settings
-    from finetune_chatmodel_demo.training.trainer import NonFiniteLossError, RunStopped
     from finetune_chatmodel_demo.training.workflow import run_finetuning
 
     try:
@@ -85,7 +85,7 @@ def _run(given: dict[str, object], notices: list[str]) -> int:
     except RunStopped as stopped:
         print(f"{stopped}; --resume_from_checkpoint True continues from there", file=sys.stderr)
         return TERMINATED
-    except (RecordError, NonFiniteLossError, FileNotFoundError) as error:
+    except (RecordError, FileNotFoundError) as error:
         print(f"finetune.py: error: {error}", file=sys.stderr)
         return 1
     except OSError as error:

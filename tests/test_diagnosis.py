@@ -64,8 +64,7 @@ class Run:
         for i, loss in enumerate(losses):
             before = set(self.watch.warned)
             self.state.global_step += 1
-            self.watch.add_batch(loss, supervised, tokens)
-            self.watch.add_gradient(norms[i] if norms else 1.0)
+            self.watch.add_step(loss, supervised, tokens, norms[i] if norms else 1.0)
             self.watch.on_step_end(self.args, self.state, None)
             if new := set(self.watch.warned) - before:
                 came[self.state.global_step] = new
@@ -254,7 +253,7 @@ def test_batches_with_next_to_nothing_supervised(make_settings):
     fall = [5 - 0.1 * i for i in range(40)]
     assert run.go(fall[:15], supervised=40) == {}
     assert run.go(fall[15:], supervised=0) == {35: {"masked"}}  # 20 such batches in a row
-    assert "the last 20 batches up to step 35 have 0 supervised tokens among 2,000" in run.watch.warned["masked"]
+    assert "only 0 of 2,000 tokens of the last 20 steps up to step 35" in run.watch.warned["masked"]
 
 
 def test_data_with_few_supervised_tokens_for_real(model, tmp_path, caplog):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from datetime import timedelta
 from pathlib import Path
@@ -13,16 +14,11 @@ from training_helpers import decide, flags, losses, read_log, train, write_conve
 from finetune_chatmodel_demo import finetune
 from finetune_chatmodel_demo.training import results
 from finetune_chatmodel_demo.training.results import (
-    CHARTS,
     TrainerLog,
-    TrainerLogCallback,
     draw_chart,
     plot_curves,
     save_results,
-    smooth,
 )
-
-CHART = {chart.file: chart for chart in CHARTS}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -143,7 +139,7 @@ def test_elapsed_times_are_read_as_they_are_written(seconds):
 
 
 def test_only_the_first_process_writes(tmp_path):
-    callback = TrainerLogCallback(tmp_path)
+    callback = TrainerLog(tmp_path)
     state = SimpleNamespace(is_world_process_zero=False, max_steps=2, global_step=0, epoch=0.5, num_input_tokens_seen=0)
     callback.on_train_begin(None, state, None)
     callback.on_log(None, state, None, logs={"loss": 1.0})
@@ -182,7 +178,7 @@ def test_a_results_file_is_whole_or_the_old_one(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(results.os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="no space"):
         save_results(tmp_path, "eval", {"eval_loss": 2.0})
     assert json.loads((tmp_path / "eval_results.json").read_text()) == {"eval_loss": 1.0}
@@ -236,28 +232,24 @@ def drawn(figure) -> dict[str, list[tuple[float, float]]]:
     return {line.get_label(): list(zip(*line.get_data())) for line in axes.get_lines()}
 
 
-def test_smoothing_is_an_average_that_starts_at_the_first_value():
-    assert smooth([(1, 4.0)], weight=0.5) == [(1, 4.0)]
-    # 0.5 × 4 = 2; 0.5 × 2 + 0.5 × 1 = 1.5, over 1 − 0.25
-    assert smooth([(1, 4.0), (3, 1.0)], weight=0.5) == [(1, 4.0), (3, 2.0)]
-
-
 def test_the_loss_is_drawn_as_logged_and_smoothed():
     pytest.importorskip("matplotlib")
     points = [(2, 4.0), (4, 2.0), (8, 1.0)]
-    lines = drawn(draw_chart(HISTORY, CHART["training_loss.png"]))
+    lines = drawn(draw_chart(HISTORY, "training_loss.png"))
+    # An average in which a value weighs 0.9 times as much as the one after it; it starts at the first value.
+    smoothed = [4.0, (0.9 * 4 + 2) / 1.9, (0.81 * 4 + 0.9 * 2 + 1) / 2.71]
+    assert [y for _, y in lines.pop("training loss (smoothed)")] == pytest.approx(smoothed)
     assert lines == {
         "_training loss": points,
-        "training loss (smoothed)": smooth(points),
         "_validation loss": [(4, 1.0)],
         "validation loss (smoothed)": [(4, 1.0)],
     }
-    figure = draw_chart(HISTORY, CHART["training_loss.png"])
+    figure = draw_chart(HISTORY, "training_loss.png")
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == [
         "training loss (smoothed)",
         "validation loss (smoothed)",
     ]
-    assert drawn(draw_chart(HISTORY, CHART["training_eval_loss.png"])).keys() == {
+    assert drawn(draw_chart(HISTORY, "training_eval_loss.png")).keys() == {
         "_validation loss",
         "validation loss (smoothed)",
     }
@@ -270,15 +262,15 @@ def test_rewards_and_accuracy_of_the_stages_that_have_them():
         {"step": 2, "loss": 0.6, "rewards/chosen": 0.2, "rewards/rejected": -0.3, "rewards/margins": 0.5},
         {"step": 2, "rewards/accuracies": 1.0},
     ]
-    rewards = drawn(draw_chart(dpo, CHART["training_rewards.png"]))
+    rewards = drawn(draw_chart(dpo, "training_rewards.png"))
     assert rewards["_chosen"] == [(1, 0.1), (2, 0.2)]
     assert rewards["_rejected"] == [(1, -0.1), (2, -0.3)]
     assert rewards["_margin"] == [(1, 0.2), (2, 0.5)]
-    assert drawn(draw_chart(dpo, CHART["training_accuracy.png"]))["_accuracy"] == [(2, 1.0)]
+    assert drawn(draw_chart(dpo, "training_accuracy.png"))["_accuracy"] == [(2, 1.0)]
     ppo = [{"step": 1, "reward": -1.0}, {"step": 2, "reward": 0.5}]
-    assert drawn(draw_chart(ppo, CHART["training_rewards.png"]))["_reward"] == [(1, -1.0), (2, 0.5)]
+    assert drawn(draw_chart(ppo, "training_rewards.png"))["_reward"] == [(1, -1.0), (2, 0.5)]
     rm = [{"step": 1, "eval_accuracy": 0.25}]
-    assert drawn(draw_chart(rm, CHART["training_accuracy.png"]))["_accuracy, validation"] == [(1, 0.25)]
+    assert drawn(draw_chart(rm, "training_accuracy.png"))["_accuracy, validation"] == [(1, 0.25)]
 
 
 def test_a_file_for_each_chart_that_has_a_curve(tmp_path):
@@ -474,7 +466,7 @@ def rates(monkeypatch) -> list[float]:
     """The optimizer's learning rate at the start of each step."""
     seen: list[float] = []
     monkeypatch.setattr(
-        results.TrainerLogCallback,
+        results.TrainerLog,
         "on_step_begin",
         lambda self, args, state, control, optimizer=None, **_: seen.append(optimizer.param_groups[0]["lr"]),
     )

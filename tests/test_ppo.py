@@ -587,7 +587,7 @@ def test_a_killed_run_ends_with_the_same_weights(model, files, tmp_path):
     argv = flags(model, files / "train.jsonl", killed, **options(files, resume_from_checkpoint=True, **changes))
     for owner, name, count in (
         (f"{ppo_updating.__name__}:Updater", "_learn_from", 10),
-        (checkpoints.__name__, "_flush", 8),
+        ("finetune_chatmodel_demo.common.files", "flush", 8),
     ):
         die_at(owner, name, count, argv)
         assert checkpoints.find_last_checkpoint(killed).name == "checkpoint-3"

@@ -131,10 +131,10 @@ def test_a_missing_package_is_one_clear_error(monkeypatch):
 def test_the_last_reply_is_asked_for_given_the_true_conversation(data, rows, tokenizer):
     for row, record in zip((rows[i] for i in range(len(rows))), read_records(data)):
         *history, last = record["conversations"]
-        exercise = take_last_reply(row, tokenizer)
-        assert exercise.prompt_ids == render_prompt(tokenizer, history)
-        assert tokenizer.decode(exercise.label_ids).strip() == last["content"]
-        assert exercise.prompt_ids + exercise.label_ids + [tokenizer.eos_token_id] == row["input_ids"]
+        reply = take_last_reply(row, tokenizer)
+        assert list(reply.prompt_ids) == render_prompt(tokenizer, history)
+        assert tokenizer.decode(list(reply.expected_ids)).strip() == last["content"]
+        assert [*reply.prompt_ids, *reply.expected_ids, tokenizer.eos_token_id] == row["input_ids"]
 
 
 def make_row(tokenizer, tmp_path, messages, **options):
@@ -148,12 +148,12 @@ def test_a_call_is_the_last_reply_where_no_answer_follows(tokenizer, tmp_path):
         {"role": "assistant", "content": "好"},
         {"role": "tool", "name": "lookup", "parameters": {"name": "皮卡丘"}, "observation": "电"},
     ]
-    exercise = take_last_reply(make_row(tokenizer, tmp_path, messages), tokenizer)
-    assert exercise.prompt_ids == render_prompt(tokenizer, messages[:2])
-    assert tokenizer.decode(exercise.label_ids) == "lookup\n ```python\ntool_call(name='皮卡丘')\n```"
+    reply = take_last_reply(make_row(tokenizer, tmp_path, messages), tokenizer)
+    assert list(reply.prompt_ids) == render_prompt(tokenizer, messages[:2])
+    assert tokenizer.decode(list(reply.expected_ids)) == "lookup\n ```python\ntool_call(name='皮卡丘')\n```"
     answered = [*messages, {"role": "assistant", "content": "是电"}]
-    exercise = take_last_reply(make_row(tokenizer, tmp_path, answered), tokenizer)
-    assert exercise.prompt_ids == render_prompt(tokenizer, messages)
+    reply = take_last_reply(make_row(tokenizer, tmp_path, answered), tokenizer)
+    assert list(reply.prompt_ids) == render_prompt(tokenizer, messages)
 
 
 def test_replies_without_loss_are_not_asked_for(tokenizer, tmp_path):
@@ -163,22 +163,22 @@ def test_replies_without_loss_are_not_asked_for(tokenizer, tmp_path):
         {"role": "user", "content": "三"},
         {"role": "assistant", "content": "四", "loss": False},
     ]
-    exercise = take_last_reply(make_row(tokenizer, tmp_path, messages), tokenizer)
-    assert exercise.prompt_ids == render_prompt(tokenizer, messages[:1])
-    assert tokenizer.decode(exercise.label_ids).strip() == "二"
+    reply = take_last_reply(make_row(tokenizer, tmp_path, messages), tokenizer)
+    assert list(reply.prompt_ids) == render_prompt(tokenizer, messages[:1])
+    assert tokenizer.decode(list(reply.expected_ids)).strip() == "二"
 
 
 def test_rows_of_plain_text_are_divided_where_their_reply_begins(tokenizer):
     eos = tokenizer.eos_token_id
     ids, target = [5, 6, 7, 8, 9, eos], -100
     row = {"input_ids": ids, "labels": [target, target, target, 8, 9, eos]}
-    assert take_last_reply(row, tokenizer).prompt_ids == [5, 6, 7]
-    assert take_last_reply(row, tokenizer).label_ids == [8, 9]
+    assert take_last_reply(row, tokenizer).prompt_ids == (5, 6, 7)
+    assert take_last_reply(row, tokenizer).expected_ids == (8, 9)
     two = {"input_ids": [5, 8, eos, 9, 9, eos], "labels": [target, 8, eos, 9, 9, eos]}
-    assert take_last_reply(two, tokenizer).prompt_ids == [5, 8, eos]
+    assert take_last_reply(two, tokenizer).prompt_ids == (5, 8, eos)
     cut = {"input_ids": [5, 8, 9], "labels": [target, 8, 9]}
-    assert take_last_reply(cut, tokenizer).label_ids == [8, 9]
-    with pytest.raises(ValueError, match="no supervised token"):
+    assert take_last_reply(cut, tokenizer).expected_ids == (8, 9)
+    with pytest.raises(ValueError, match="no supervised reply"):
         take_last_reply({"input_ids": [5], "labels": [target]}, tokenizer)
 
 
@@ -230,12 +230,12 @@ def test_the_model_is_left_in_the_mode_that_it_was_in(loaded, tokenizer, rows, t
 
 def test_answers_stay_inside_the_models_context(tokenizer, caplog):
     small = SimpleNamespace(config=SimpleNamespace(seq_length=20))
-    exercises = [SimpleNamespace(prompt_ids=[1] * length) for length in (4, 12)]
-    assert choose_answer_length(small, exercises, make_settings(8)) == 8
+    replies = [SimpleNamespace(prompt_ids=[1] * length) for length in (4, 12)]
+    assert choose_answer_length(small, replies, make_settings(8)) == 8
     with pytest.raises(UserError, match=r"longest prompt has 12 tokens, .* --max_new_tokens 9 does not fit"):
-        choose_answer_length(small, exercises, make_settings(9))
+        choose_answer_length(small, replies, make_settings(9))
     with caplog.at_level(logging.INFO):
-        assert choose_answer_length(small, exercises, make_settings(512, given=())) == 8
+        assert choose_answer_length(small, replies, make_settings(512, given=())) == 8
     assert "answers have at most 8 tokens" in caplog.text
     with pytest.raises(UserError, match="does not fit"):
         choose_answer_length(small, [SimpleNamespace(prompt_ids=[1] * 20)], make_settings(512, given=()))

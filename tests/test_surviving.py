@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from training_helpers import flags, losses, train
 
 from finetune_chatmodel_demo import finetune
+from finetune_chatmodel_demo.common import files
 from finetune_chatmodel_demo.training import checkpoints, trainer
 from finetune_chatmodel_demo.training.manifest import RUN_MANIFEST
 
@@ -118,7 +119,7 @@ def test_twenty_kills_at_random_moments_lose_at_most_one_save_interval(model, da
     assert last.exitcode == 0, printed.read_text()[-3000:]
     assert torch.equal(weights(killed), weights(tmp_path / "whole"))
     assert losses(killed) == losses(tmp_path / "whole")
-    assert not list(killed.glob(f"{checkpoints.PARTIAL_PREFIX}*"))
+    assert not list(killed.glob(f"{files.PARTIAL_PREFIX}*"))
 
 
 # Disks
@@ -126,7 +127,7 @@ def test_twenty_kills_at_random_moments_lose_at_most_one_save_interval(model, da
 
 def test_a_full_disk_leaves_nothing_half_written(model, data, tmp_path, monkeypatch, capsys):
     options = {"pre_seq_len": 4, "max_steps": 6, "save_steps": 2}
-    original, calls = checkpoints._flush, []
+    original, calls = files.flush, []
 
     def flush(path):
         calls.append(path)
@@ -135,12 +136,12 @@ def test_a_full_disk_leaves_nothing_half_written(model, data, tmp_path, monkeypa
         original(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "_flush", flush)
+        patch.setattr(files, "flush", flush)
         assert train(model, data, tmp_path / "o", **options) == 1
     error = capsys.readouterr().err
     assert "No space left on device" in error and "make room" in error
     assert [path.name for path in checkpoints.list_checkpoints(tmp_path / "o")] == ["checkpoint-2"]
-    assert not list((tmp_path / "o").glob(f"{checkpoints.PARTIAL_PREFIX}*"))
+    assert not list((tmp_path / "o").glob(f"{files.PARTIAL_PREFIX}*"))
     assert train(model, data, tmp_path / "o", resume_from_checkpoint=True, **options) == 0
 
 
@@ -170,9 +171,7 @@ def test_the_manifest_says_what_a_run_was_made_of(finished, model, data):
     assert manifest["options"]["max_steps"] == 10
     assert manifest["effective"]["rows_of_a_step"] == 4
     assert manifest["effective"]["learning_rate"] == 2e-2
-    assert manifest["data"] == [
-        {"path": str(data), "bytes": data.stat().st_size, "sha256": checkpoints.hash_file(data)}
-    ]
+    assert manifest["data"] == [{"path": str(data), "bytes": data.stat().st_size, "sha256": files.hash_file(data)}]
     assert [Path(each["path"]).name for each in manifest["model"]][:2] == ["config.json", "tokenizer.model"]
     assert len(manifest["first_steps"]) == 6  # 24 rows, 4 a step
     assert len(set(manifest["first_steps"])) == 6

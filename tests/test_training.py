@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import read_light_help
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training_helpers import (
     assert_resumes_to_the_same_weights,
     die_at,
@@ -21,6 +21,7 @@ from training_helpers import (
 
 from finetune_chatmodel_demo import finetune
 from finetune_chatmodel_demo.chatglm3 import load_model, load_tokenizer, prefix, read_prefix_config
+from finetune_chatmodel_demo.common import files
 from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.training import checkpoints, methods, trainer, workflow
 from finetune_chatmodel_demo.training.arguments import FULL, P_TUNING
@@ -227,7 +228,31 @@ def test_a_checkpoint_with_a_flipped_bit_is_passed_over(tmp_path, caplog):
     damaged[4321] = 1
     (tmp_path / "checkpoint-2" / "optimizer.pt").write_bytes(damaged)
     assert checkpoints.find_last_checkpoint(tmp_path).name == "checkpoint-1"
-    assert "passing over a checkpoint" in caplog.text and "the SHA-256 of optimizer.pt is" in caplog.text
+    assert "passing over a checkpoint" in caplog.text and "optimizer.pt has the SHA-256" in caplog.text
+
+
+def test_large_files_are_compared_by_size_and_header_or_on_request_by_hash(tmp_path, monkeypatch):
+    """Here files above 10 bytes are large. Earlier versions wrote all hashes, as --hash_checkpoints does."""
+    monkeypatch.setattr(checkpoints, "HASHED_BYTES", 10)
+    for step, hash_all in ((1, False), (2, True)):
+        partial = checkpoints.start_partial(tmp_path / f"checkpoint-{step}")
+        save_file({"weights": torch.zeros(100)}, partial / "model.safetensors")
+        checkpoints.publish_checkpoint(tmp_path / f"checkpoint-{step}", {"step": step}, hash_all)
+        manifest = json.loads((tmp_path / f"checkpoint-{step}" / checkpoints.MANIFEST).read_text())
+        assert ("sha256" in manifest["files"]["model.safetensors"]) == hash_all
+        path = tmp_path / f"checkpoint-{step}" / "model.safetensors"
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + b"x")  # within a value
+        assert checkpoints.read_whole_checkpoint(path.parent)["step"] == step
+        path.write_bytes(content[:20] + b"\0" * 8 + content[28:])  # within the header
+        with pytest.raises(UserError, match=r"model\.safetensors has a header that does not fit"):
+            checkpoints.read_whole_checkpoint(path.parent)
+        path.write_bytes(content[:-1])
+        with pytest.raises(UserError, match=f"has {len(content) - 1} bytes, expected {len(content)} bytes"):
+            checkpoints.read_whole_checkpoint(path.parent)
+        path.write_bytes(content[:-1] + b"x")
+    with pytest.raises(UserError, match=r"model\.safetensors has the SHA-256"):
+        checkpoints.read_whole_checkpoint(tmp_path / "checkpoint-2", hash_all=True)
 
 
 def test_checkpoints_of_the_first_versions_are_read(tmp_path):
@@ -573,15 +598,15 @@ def test_a_killed_run_ends_with_the_same_weights(model, data, tmp_path):
     # 10 files a checkpoint: 9 and the manifest. The first run dies in step 8, the second while flushing checkpoint-15.
     for owner, name, count, whole, partial in (
         (f"{trainer.__name__}:Trainer", "training_step", 16, "checkpoint-5", False),
-        (checkpoints.__name__, "_flush", 16, "checkpoint-10", True),
+        (files.__name__, "flush", 16, "checkpoint-10", True),
     ):
         die_at(owner, name, count, argv)
         assert checkpoints.find_last_checkpoint(killed).name == whole
-        assert any(path.name.startswith(checkpoints.PARTIAL_PREFIX) for path in killed.iterdir()) == partial
+        assert any(path.name.startswith(files.PARTIAL_PREFIX) for path in killed.iterdir()) == partial
     assert train(model, data, killed, resume_from_checkpoint=True, **options) == 0
     assert_prefix_equal(tmp_path / "whole", killed)
     assert losses(killed) == losses(tmp_path / "whole")
-    assert not [path for path in killed.iterdir() if path.name.startswith(checkpoints.PARTIAL_PREFIX)]
+    assert not [path for path in killed.iterdir() if path.name.startswith(files.PARTIAL_PREFIX)]
 
 
 @pytest.mark.slow

@@ -158,6 +158,13 @@ class RunArguments:
         default=False,
         metadata={"help": "Start anew although --output_dir holds checkpoints of an earlier run; removes them."},
     )
+    hash_checkpoints: bool = field(
+        default=False,
+        metadata={
+            "help": "Hash files above 64 MiB of checkpoints too: every bit that differs is found when a run goes on, "
+            "and all processes wait while a checkpoint is written and read."
+        },
+    )
     dry_run: bool = field(
         default=False,
         metadata={"help": "Read the data, show its table and what the run will need, and stop; writes nothing."},

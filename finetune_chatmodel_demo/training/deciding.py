@@ -180,11 +180,11 @@ def _find_checkpoint(training: TrainingArguments, settings: Settings) -> Path | 
     if wanted is None or str(wanted).lower() in ("false", "none", "no", ""):
         return None
     if is_true(wanted):
-        checkpoint = find_last_checkpoint(training.output_dir)
+        checkpoint = find_last_checkpoint(training.output_dir, settings.run.hash_checkpoints)
         manifest = read_manifest(checkpoint) if checkpoint else {}
     else:
         checkpoint = Path(wanted)
-        manifest = read_whole_checkpoint(checkpoint)
+        manifest = read_whole_checkpoint(checkpoint, settings.run.hash_checkpoints)
     if checkpoint is not None:
         _check_same_kind(checkpoint, manifest, settings)
     return checkpoint

@@ -21,12 +21,12 @@ from typing import Any
 from torch.utils.data import IterableDataset
 
 from finetune_chatmodel_demo.common.errors import UserError
+from finetune_chatmodel_demo.common.files import hash_file
 from finetune_chatmodel_demo.conversation.data_arguments import DataArguments
 from finetune_chatmodel_demo.conversation.packing import GroupedRows
 from finetune_chatmodel_demo.conversation.registry import choose_entries, find_dataset_dir, read_registry
 from finetune_chatmodel_demo.conversation.stage_data import build_stage_data
 from finetune_chatmodel_demo.training.base_model import load_base_tokenizer
-from finetune_chatmodel_demo.training.checkpoints import hash_file
 from finetune_chatmodel_demo.training.deciding import decide_settings
 from finetune_chatmodel_demo.training.sampling import order_rows
 from finetune_chatmodel_demo.training.settings import Settings

@@ -3,26 +3,26 @@
     python finetune_chatmodel_demo/finetune.py --overfit_check 8 --train_file mine.jsonl \\
         --model_name_or_path THUDM/chatglm3-6b --pre_seq_len 128
 
-Trains on these rows alone, with a constant learning rate and without dropout, until greedy decoding reproduces every
-supervised reply, or until --max_steps. What cannot be reproduced is reported with the likely causes; a run on the whole
-data would not learn it either. Nothing is kept but the report.
+The trainer of sft trains on these rows alone, with a constant learning rate and without dropout, until greedy decoding
+reproduces every supervised reply, or until --max_steps. What cannot be reproduced is reported with the likely causes; a
+run on the whole data would not learn it either. Nothing is kept but the report.
 """
 
-import contextlib
-import json
-import random
+import copy
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import set_seed
+from transformers import PrinterCallback, ProgressCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
 from finetune_chatmodel_demo.common.errors import UserError
-from finetune_chatmodel_demo.conversation.collating import PadCollator
+from finetune_chatmodel_demo.common.files import write_json
 from finetune_chatmodel_demo.conversation.records import RecordError
 from finetune_chatmodel_demo.conversation.stage_data import build_stage_data
 from finetune_chatmodel_demo.training.arguments import (
@@ -34,12 +34,10 @@ from finetune_chatmodel_demo.training.arguments import (
 from finetune_chatmodel_demo.training.base_model import load_base_tokenizer
 from finetune_chatmodel_demo.training.methods import prepare_model
 from finetune_chatmodel_demo.training.prediction import Reply, find_replies, is_reproduced, write_replies
-from finetune_chatmodel_demo.training.report import uses_checkpointing
-from finetune_chatmodel_demo.training.results import publish_text
 from finetune_chatmodel_demo.training.settings import Settings
 from finetune_chatmodel_demo.training.stages.reference import disable_dropout
-from finetune_chatmodel_demo.training.trainer import NonFiniteLossError
-from finetune_chatmodel_demo.training.watch import measure_improvement
+from finetune_chatmodel_demo.training.stages.sft import ChatTrainer
+from finetune_chatmodel_demo.training.watch import LearningWatch, measure_improvement
 
 MOST_STEPS = 1000
 MOST_RECORDS = 20_000  # read for the search for contradictions
@@ -52,7 +50,17 @@ LOSS_TO_ASK = 0.1
 STEPS_BETWEEN_QUESTIONS = 20
 STEPS_BETWEEN_REPORTS = 100
 QUESTIONS_AT_A_TIME = 16
-CLIP = 1.0
+REPORT_FILE = "overfit_check.json"
+MOST_SHOWN = 5
+LONGEST_TEXT = 80
+STILL_FALLING = 0.05  # share by which the loss fell over the last third of the steps
+NOT_MOVED = 0.1  # share by which it should fall at least when a few rows are learned by heart
+MORE_CAPACITY = {
+    P_TUNING: "a longer prefix (--pre_seq_len)",
+    LORA: "a larger --lora_rank",
+    FREEZE: "more layers (--freeze_trainable_layers)",
+    FULL: "rows that the base model can tell apart",
+}
 
 
 @dataclass(frozen=True)
@@ -86,31 +94,85 @@ class Outcome:
         return all(self.is_exact)
 
 
+class FirstRows:
+    """The first rows of a data set."""
+
+    def __init__(self, rows: Any, count: int) -> None:
+        self.rows, self.lengths = rows, list(rows.lengths[:count])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return self.rows[row]
+
+    def where(self, row: int) -> str:
+        """File and line of a row."""
+        return self.rows.where(row)
+
+
+class OverfitWatch(LearningWatch):
+    """Lets the model write the replies now and then, and ends the training when more of it would not help."""
+
+    def __init__(self, settings: Settings, tokenizer: Any, replies: list[Reply]) -> None:
+        super().__init__(settings)
+        self.tokenizer, self.replies = tokenizer, replies
+        self.written: list[list[int]] = []
+        self.is_exact: list[bool] = []
+        self._asked = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Nothing is looked at before the first step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Asks where the loss has become low, now and then anyway, and at the end."""
+        step, newest = state.global_step, self.losses[-STEPS_BETWEEN_QUESTIONS:]
+        is_low = sum(newest) / len(newest) < LOSS_TO_ASK or step % STEPS_BETWEEN_REPORTS == 0
+        if not (is_low and step - self._asked >= STEPS_BETWEEN_QUESTIONS) and step < state.max_steps:
+            return
+        self._asked = step
+        precision, was_training = self.settings.precision, model.training
+        model.eval()
+        with torch.autocast(model.device.type, getattr(torch, precision), enabled=precision != "float32"):
+            self.written = write_replies(model, self.tokenizer, self.replies, QUESTIONS_AT_A_TIME)
+        model.train(was_training)
+        pairs = zip(self.replies, self.written)
+        self.is_exact = [is_reproduced(self.tokenizer, reply, ids) for reply, ids in pairs]
+        reproduced = f"{sum(self.is_exact)} of {len(self.is_exact)} replies reproduced"
+        print(f"step {step}: loss {newest[-1]:.4f}, {reproduced}", flush=True)
+        control.should_training_stop = not leaves_hope(self.replies, self.is_exact)
+
+
 def run_overfit_check(settings: Settings) -> bool:
     """Trains on the first rows, reports, and returns whether all of their replies were reproduced.
 
+    The report is printed, and written into --output_dir where that was given.
+
     Raises:
-        UserError: when the model cannot be loaded.
-        RecordError: for a bad record, or when no row is left to train on.
+        UserError: when the model cannot be loaded, for a bad record, or when no row is left to train on.
         NonFiniteLossError: when the loss is no number any more.
     """
-
     set_seed(settings.training.seed)
     tokenizer = load_base_tokenizer(settings.model.model_name_or_path)
     rows = _read_rows(settings, tokenizer)
-    count = min(settings.run.overfit_check, len(rows))
+    chosen = FirstRows(rows, min(settings.run.overfit_check, len(rows)))
     stops = tokenizer.stop_token_ids
-    replies = [reply for row in range(count) for reply in find_replies(row, rows[row], stops)]
+    replies = [reply for row in range(len(chosen)) for reply in find_replies(row, chosen[row], stops)]
     contradictions = find_contradictions(rows, stops)
     model = prepare_model(settings)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(
-        f"overfit check: {settings.method_title}, {trainable:,} parameters, on the first {count} of {len(rows)} rows, "
-        f"which have {len(replies)} supervised replies",
+        f"overfit check: {settings.method_title}, {trainable:,} parameters, on the first {len(chosen)} of {len(rows)} "
+        f"rows, which have {len(replies)} supervised replies",
         flush=True,
     )
-    outcome = overfit(model, tokenizer, [rows[row] for row in range(count)], replies, settings)
-    publish_report(outcome, contradictions, rows, tokenizer, settings)
+    outcome = overfit(model, tokenizer, chosen, replies, settings)
+    report = build_report(outcome, contradictions, rows, tokenizer, settings)
+    print("\n".join(describe(report)), flush=True)
+    if folder := settings.given.get("output_dir"):
+        path = Path(str(folder)) / REPORT_FILE
+        write_json(path, report)
+        print(f"report: {path}", flush=True)
     return outcome.passed
 
 
@@ -139,40 +201,42 @@ def find_contradictions(rows: Any, stop_ids: Sequence[int]) -> list[Contradictio
     return [Contradiction(prompt, replies) for prompt, replies in answers.items() if len(replies) > 1]
 
 
-def overfit(
-    model: nn.Module, tokenizer: Any, rows: Sequence[dict[str, Any]], replies: list[Reply], settings: Settings
-) -> Outcome:
+def overfit(model: nn.Module, tokenizer: Any, rows: FirstRows, replies: list[Reply], settings: Settings) -> Outcome:
     """Trains on `rows` until the model writes all `replies`, or for the greatest number of steps.
 
     Args:
         model: from `prepare_model`.
         tokenizer: its tokenizer.
-        rows: items with `input_ids` and `labels`.
+        rows: what is trained on.
         replies: of these rows.
         settings: method, learning rate, batch size, steps and precision.
     """
-    started = time.monotonic()
-    rate = settings.given.get("learning_rate") or LEARNING_RATE[settings.method]
-    most_steps = settings.training.max_steps if settings.training.max_steps > 0 else MOST_STEPS
-    trainer = _Stepper(model, float(rate), settings)
+    started, watch = time.monotonic(), OverfitWatch(settings, tokenizer, replies)
     disable_dropout(model)  # it would keep replies from being learned to the end
-    losses: list[float] = []
-    written: list[list[int]] = []
-    batches = draw_batches(rows, settings.training.per_device_train_batch_size, settings.training.seed)
-    collate = PadCollator(tokenizer.pad_token_id)
-    asked = 0
-    while len(losses) < most_steps:
-        losses.append(trainer.step(collate(next(batches))))
-        newest = losses[-STEPS_BETWEEN_QUESTIONS:]
-        is_low = sum(newest) / len(newest) < LOSS_TO_ASK or len(losses) % STEPS_BETWEEN_REPORTS == 0
-        if (len(losses) - asked >= STEPS_BETWEEN_QUESTIONS and is_low) or len(losses) == most_steps:
-            asked = len(losses)
-            written = trainer.write(tokenizer, replies)
-            exact = [is_reproduced(tokenizer, reply, ids) for reply, ids in zip(replies, written)]
-            print(f"step {asked}: loss {newest[-1]:.4f}, {sum(exact)} of {len(exact)} replies reproduced", flush=True)
-            if all(exact) or not leaves_hope(replies, exact):
-                break
-    return Outcome(replies, written, exact, losses, float(rate), most_steps, time.monotonic() - started)
+    with tempfile.TemporaryDirectory() as folder:  # nothing is written, but the library makes its output folder
+        args = _training_arguments(settings, folder)
+        run = replace(settings, training=args, data=replace(settings.data, packing=False))
+        trainer = ChatTrainer(model, run, tokenizer, rows, watch=watch)
+        for callback in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(callback)
+        trainer.train()
+    seconds = time.monotonic() - started
+    return Outcome(replies, watch.written, watch.is_exact, watch.losses, args.learning_rate, args.max_steps, seconds)
+
+
+def _training_arguments(settings: Settings, folder: str) -> TrainingArguments:
+    """Those of the run, for one batch a step at a constant learning rate, without validation and checkpoints."""
+    args = copy.copy(settings.training)
+    args.output_dir = folder
+    args.learning_rate = float(settings.given.get("learning_rate") or LEARNING_RATE[settings.method])
+    args.lr_scheduler_type, args.lr_scheduler_kwargs = SchedulerType.CONSTANT_WITH_WARMUP, {}
+    args.warmup_steps = WARMUP_STEPS
+    args.weight_decay = 0.0
+    args.gradient_accumulation_steps = 1
+    args.max_steps = args.max_steps if args.max_steps > 0 else MOST_STEPS
+    args.eval_strategy = args.save_strategy = args.logging_strategy = IntervalStrategy.NO
+    args.load_best_model_at_end, args.report_to = False, []
+    return args
 
 
 def leaves_hope(replies: Sequence[Reply], is_exact: Sequence[bool]) -> bool:
@@ -181,105 +245,10 @@ def leaves_hope(replies: Sequence[Reply], is_exact: Sequence[bool]) -> bool:
     return any(reply.prompt_ids not in settled for reply, exact in zip(replies, is_exact) if not exact)
 
 
-class _Stepper:
-    """Optimizer steps with a constant learning rate after a short warm-up, and answers, in the run's precision."""
-
-    def __init__(self, model: nn.Module, rate: float, settings: Settings) -> None:
-        args = settings.training
-        self.model, self.rate, self.device, self.steps = model, rate, args.device, 0
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=0.0)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "float16")
-        self.dtype = None if settings.precision == "float32" else getattr(torch, settings.precision)
-        if uses_checkpointing(args):
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            if hasattr(model, "enable_input_require_grads"):
-                model.enable_input_require_grads()
-
-    def _autocast(self) -> contextlib.AbstractContextManager:
-        if self.dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
-
-    def step(self, batch: dict[str, torch.Tensor]) -> float:
-        """One batch, one step; returns its mean loss."""
-        self.steps += 1
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * min(1.0, self.steps / WARMUP_STEPS)
-        self.model.train()
-        with self._autocast():
-            loss = self.model(**{name: value.to(self.device) for name, value in batch.items()}).loss
-        if not torch.isfinite(loss):
-            raise NonFiniteLossError(
-                f"the loss is {loss.item()} at step {self.steps} of the overfit check; lower --learning_rate "
-                f"{self.rate:g}"
-            )
-        self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.parameters, CLIP)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        return loss.item()
-
-    def write(self, tokenizer: Any, replies: list[Reply]) -> list[list[int]]:
-        """What the model writes now."""
-        self.model.eval()
-        with self._autocast():
-            return write_replies(self.model, tokenizer, replies, QUESTIONS_AT_A_TIME)
-
-
-def draw_batches(rows: Sequence[Any], size: int, seed: int) -> Iterator[list[Any]]:
-    """Batches without end: all rows in a new order in each pass."""
-    draw = random.Random(seed)
-    while True:
-        order = draw.sample(range(len(rows)), len(rows))
-        for start in range(0, len(order), size):
-            yield [rows[i] for i in order[start : start + size]]
-
-
-REPORT_FILE = "overfit_check.json"
-MOST_SHOWN = 5
-LONGEST_TEXT = 80
-STILL_FALLING = 0.05  # share by which the loss fell over the last third of the steps
-NOT_MOVED = 0.1  # share by which it should fall at least when a few rows are learned by heart
-MORE_CAPACITY = {
-    P_TUNING: "a longer prefix (--pre_seq_len)",
-    LORA: "a larger --lora_rank",
-    FREEZE: "more layers (--freeze_trainable_layers)",
-    FULL: "rows that the base model can tell apart",
-}
-
-
-def publish_report(
-    outcome: Outcome, contradictions: Sequence[Contradiction], rows: Any, tokenizer: Any, settings: Settings
-) -> dict[str, Any]:
-    """Prints the report, and writes it into --output_dir where that was given.
-
-    Args:
-        outcome: of the training.
-        contradictions: in all rows.
-        rows: the data set, with `where(row)`.
-        tokenizer: turns ids into text.
-        settings: the run.
-
-    Returns:
-        The report as overfit_check.json has it.
-    """
-    report = build_report(outcome, contradictions, rows, tokenizer, settings)
-    print("\n".join(describe(report)), flush=True)
-    folder = settings.given.get("output_dir")
-    if folder:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        publish_text(Path(folder) / REPORT_FILE, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
-        print(f"report: {Path(folder) / REPORT_FILE}", flush=True)
-    return report
-
-
 def build_report(
     outcome: Outcome, contradictions: Sequence[Contradiction], rows: Any, tokenizer: Any, settings: Settings
 ) -> dict[str, Any]:
-    """Everything that was found, for programs."""
+    """Everything that was found, as overfit_check.json has it."""
     failed = [
         {
             "row": reply.row,

@@ -5,7 +5,9 @@
         --output_dir output/pokemon-predictions
 
 writes `generated_predictions.jsonl` ({"prompt", "predict", "label"} a line, in the order of the data) and the scores
-into `predict_results.json` and `all_results.json`.
+into `predict_results.json` and `all_results.json`. A reply is a run of labels that count; what stands before it in its
+row is its prompt, whatever the data was made from. `--eval_questions N` asks some of the validation data while
+training, `--overfit_check N` all of the chosen rows: does greedy decoding write them token by token?
 """
 
 import functools
@@ -23,204 +25,22 @@ from typing import Any
 import torch
 
 from finetune_chatmodel_demo.common.errors import UserError
+from finetune_chatmodel_demo.common.files import write_whole
 from finetune_chatmodel_demo.conversation.render import IGNORED_LABEL
 from finetune_chatmodel_demo.generation.batch import generate_ids, generate_replies
 from finetune_chatmodel_demo.generation.replies import read_reply
 from finetune_chatmodel_demo.generation.session import build_settings
-from finetune_chatmodel_demo.training.results import publish_text, save_results
+from finetune_chatmodel_demo.training.results import save_results
 from finetune_chatmodel_demo.training.settings import Settings
 
 PREDICTIONS = "generated_predictions.jsonl"
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Exercise:
-    """What the model is asked: `prompt_ids` ends where the reply begins, `label_ids` is the reference, its end token
-    left out."""
-
-    prompt_ids: list[int]
-    label_ids: list[int]
-
-
-def run_prediction(
-    model: Any, tokenizer: Any, rows: Sequence[dict[str, list[int]]], settings: Settings, output_dir: str | Path
-) -> dict[str, float]:
-    """Answers the last reply of every row, given the true conversation before it, and scores the answers.
-
-    With several processes each answers its share; the first writes.
-
-    Args:
-        model: a ChatGLM3 with or without prefix or adapter.
-        tokenizer: its tokenizer.
-        rows: validation rows of `input_ids` and `labels`, as sft has them.
-        settings: the run: how answers are generated, in which batches and precision.
-        output_dir: where the files go.
-
-    Returns:
-        `predict_bleu-4`, `predict_rouge-1`, `predict_rouge-2`, `predict_rouge-l`, `predict_runtime`,
-        `predict_samples_per_second`.
-
-    Raises:
-        UserError: for a row that leaves no room for an answer.
-    """
-    started = time.monotonic()
-    exercises = [take_last_reply(row, tokenizer) for row in rows]
-    answers = _answer(model, tokenizer, exercises, settings)
-    lines = [
-        {
-            "prompt": tokenizer.decode(exercise.prompt_ids),
-            "predict": answer,
-            "label": read_reply(tokenizer, exercise.label_ids, settings.prompt_format).text,
-        }
-        for exercise, answer in zip(exercises, answers)
-    ]
-    scores = mean_scores((line["predict"], line["label"]) for line in lines)
-    seconds = time.monotonic() - started
-    metrics = {f"predict_{name}": value for name, value in scores.items()}
-    metrics["predict_runtime"] = round(seconds, 4)
-    metrics["predict_samples_per_second"] = round(len(lines) / max(seconds, 1e-9), 3)
-    if settings.training.should_save:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        publish_text(Path(output_dir) / PREDICTIONS, text)
-        save_results(output_dir, "predict", metrics)
-    return metrics
-
-
-def take_last_reply(row: dict[str, list[int]], tokenizer: Any) -> Exercise:
-    """Divides a row where its last supervised reply begins.
-
-    A reply of `chatglm3` begins behind `<|assistant|>`; of a template of text alone it is the last run of supervised
-    ids. It ends with eos or a role token.
-
-    Raises:
-        ValueError: nothing of the row is supervised.
-    """
-    ids, labels = row["input_ids"], row["labels"]
-    assistant, stops = tokenizer.get_command("<|assistant|>"), set(tokenizer.stop_token_ids)
-    is_target = [label != IGNORED_LABEL for label in labels]
-    if not any(is_target):
-        raise ValueError("the row has no supervised token")
-    starts = [i + 1 for i, token in enumerate(ids[:-1]) if token == assistant and is_target[i + 1]]
-    if not starts:  # eos ends a reply of text, also where the next one follows at once
-        starts = [
-            i for i, wanted in enumerate(is_target) if wanted and (not i or not is_target[i - 1] or ids[i - 1] in stops)
-        ]
-    start = end = starts[-1]
-    while end < len(ids) and is_target[end] and ids[end] not in stops and ids[end] != assistant:
-        end += 1
-    return Exercise(list(ids[:start]), list(ids[start:end]))
-
-
-def _answer(model: Any, tokenizer: Any, exercises: Sequence[Exercise], settings: Settings) -> list[str]:
-    """The answers, in the order of the exercises, in every process."""
-    from accelerate.utils import gather_object
-
-    args, generation = settings.training, settings.generation
-    limit = choose_answer_length(model, exercises, settings)
-    mine = list(range(len(exercises)))[args.process_index :: args.world_size]
-    sampling = {}
-    if generation.do_sample:
-        names = ("do_sample", "temperature", "top_p", "top_k")
-        sampling = {name: getattr(generation, name) for name in names}
-        torch.manual_seed(args.seed + args.process_index)
-    was_training = model.training
-    model.eval()
-    with torch.autocast(model.device.type, getattr(torch, settings.precision), settings.precision != "float32"):
-        replies = generate_replies(
-            model,
-            tokenizer,
-            [exercises[i].prompt_ids for i in mine],
-            max_new_tokens=limit,
-            batch_size=args.per_device_eval_batch_size,
-            prompt_format=settings.prompt_format,
-            sampling=sampling,
-            progress=args.should_log and not args.disable_tqdm,
-            description="predicting",
-        )
-    model.train(was_training)
-    answers = dict(gather_object([(i, reply.text) for i, reply in zip(mine, replies)]))
-    return [answers[i] for i in range(len(exercises))]
-
-
-def choose_answer_length(model: Any, exercises: Sequence[Exercise], settings: Settings) -> int:
-    """--max_new_tokens, or less where the context of the model ends earlier and the flag was not given.
-
-    Raises:
-        UserError: a prompt leaves no room for an answer, or less than was asked for.
-    """
-    longest = max((len(exercise.prompt_ids) for exercise in exercises), default=0)
-    room, wanted = model.config.seq_length - longest, settings.generation.max_new_tokens
-    if wanted <= room:
-        return wanted
-    if room < 1 or "max_new_tokens" in settings.given:
-        raise UserError(
-            f"the longest prompt has {longest} tokens, and the model's context {model.config.seq_length}: "
-            f"--max_new_tokens {wanted} does not fit; give a smaller number, or cut the rows with --max_seq_length"
-        )
-    logger.info("answers have at most %d tokens: the longest prompt leaves no more of the model's context", room)
-    return room
-
-
+SPARE_TOKENS = 8  # for a reply that spells the same text in more pieces
+ROWS_OF_SAMPLE = 50_000  # a sample is drawn from at most so many rows
 # Module → its name for pip.
 PACKAGES = {"jieba": "jieba", "nltk": "nltk", "rouge_chinese": "rouge-chinese"}
 SCORES = ("bleu-4", "rouge-1", "rouge-2", "rouge-l")
 
-
-def check_packages() -> None:
-    """Refuses a run whose answers could not be scored, before the model is loaded.
-
-    Raises:
-        UserError: names all packages that are missing.
-    """
-    missing = [name for module, name in PACKAGES.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        raise UserError(
-            f"--do_predict computes BLEU and ROUGE with {', '.join(missing)}: pip install {' '.join(missing)}"
-        )
-
-
-def score_pair(predicted: str, label: str) -> dict[str, float]:
-    """Scores one answer, 0 to 100.
-
-    BLEU-4 is nltk's `sentence_bleu` over characters with smoothing method 3 (Chen and Cherry, 2014), ROUGE the F1 of
-    rouge-chinese over jieba's words. An answer or reference without any word has no ROUGE: 0, where the package fails.
-
-    Returns:
-        `bleu-4`, `rouge-1`, `rouge-2`, `rouge-l`, rounded to 4 places.
-    """
-    cut, sentence_bleu, smoothing, get_rouge = _load_packages()
-    words, expected = " ".join(cut(predicted)), " ".join(cut(label))
-    scores = {"bleu-4": 100 * sentence_bleu([list(label)], list(predicted), smoothing_function=smoothing)}
-    rouge: dict[str, Any] = {}
-    if words.split() and expected.split():
-        (rouge,) = get_rouge(words, expected)
-    for name in ("rouge-1", "rouge-2", "rouge-l"):
-        scores[name] = 100 * rouge[name]["f"] if rouge else 0.0
-    return {name: round(float(value), 4) for name, value in scores.items()}
-
-
-def mean_scores(pairs: Iterable[tuple[str, str]]) -> dict[str, float]:
-    """The mean of `score_pair` over (answer, reference); 0 for no pair at all."""
-    scores = [score_pair(predicted, label) for predicted, label in pairs]
-    return {name: sum(each[name] for each in scores) / max(1, len(scores)) for name in SCORES}
-
-
-@functools.cache
-def _load_packages() -> tuple[Callable, Callable, Callable, Callable]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # jieba's regular expressions are of an older Python
-        import jieba
-        from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
-        from rouge_chinese import Rouge
-    jieba.setLogLevel(logging.WARNING)  # it reports loading its dictionary as debugging, on standard error
-    return jieba.cut, sentence_bleu, SmoothingFunction().method3, Rouge().get_scores
-
-
-SPARE_TOKENS = 8  # for a reply that spells the same text in more pieces
-ROWS_OF_SAMPLE = 50_000  # a sample is drawn from at most so many rows
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -334,3 +154,160 @@ def is_reproduced(tokenizer: Any, reply: Reply, written: Sequence[int]) -> bool:
     if tuple(written) == reply.expected_ids:
         return True
     return tokenizer.decode(list(written)).strip() == tokenizer.decode(list(reply.expected_ids)).strip()
+
+
+def run_prediction(
+    model: Any, tokenizer: Any, rows: Sequence[dict[str, list[int]]], settings: Settings, output_dir: str | Path
+) -> dict[str, float]:
+    """Answers the last reply of every row, given the true conversation before it, and scores the answers.
+
+    With several processes each answers its share; the first writes.
+
+    Args:
+        model: a ChatGLM3 with or without prefix or adapter.
+        tokenizer: its tokenizer.
+        rows: validation rows of `input_ids` and `labels`, as sft has them.
+        settings: the run: how answers are generated, in which batches and precision.
+        output_dir: where the files go.
+
+    Returns:
+        `predict_bleu-4`, `predict_rouge-1`, `predict_rouge-2`, `predict_rouge-l`, `predict_runtime`,
+        `predict_samples_per_second`.
+
+    Raises:
+        UserError: for a row that leaves no room for an answer.
+    """
+    started = time.monotonic()
+    asked = [take_last_reply(row, tokenizer) for row in rows]
+    answers = _answer(model, tokenizer, asked, settings)
+    lines = [
+        {
+            "prompt": tokenizer.decode(list(reply.prompt_ids)),
+            "predict": answer,
+            "label": read_reply(tokenizer, list(reply.expected_ids), settings.prompt_format).text,
+        }
+        for reply, answer in zip(asked, answers)
+    ]
+    scores = mean_scores((line["predict"], line["label"]) for line in lines)
+    seconds = time.monotonic() - started
+    metrics = {f"predict_{name}": value for name, value in scores.items()}
+    metrics["predict_runtime"] = round(seconds, 4)
+    metrics["predict_samples_per_second"] = round(len(lines) / max(seconds, 1e-9), 3)
+    if settings.training.should_save:
+        write_whole(
+            Path(output_dir) / PREDICTIONS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        )
+        save_results(output_dir, "predict", metrics)
+    return metrics
+
+
+def take_last_reply(row: dict[str, list[int]], tokenizer: Any) -> Reply:
+    """The last supervised reply of a row, and everything before it.
+
+    Raises:
+        ValueError: nothing of the row is supervised.
+    """
+    found = find_replies(0, row, [*tokenizer.stop_token_ids, tokenizer.get_command("<|assistant|>")])
+    if not found:
+        raise ValueError("the row has no supervised reply")
+    return found[-1]
+
+
+def _answer(model: Any, tokenizer: Any, replies: Sequence[Reply], settings: Settings) -> list[str]:
+    """The answers, in the order of the replies, in every process."""
+    from accelerate.utils import gather_object
+
+    args, generation = settings.training, settings.generation
+    limit = choose_answer_length(model, replies, settings)
+    mine = list(range(len(replies)))[args.process_index :: args.world_size]
+    sampling = {}
+    if generation.do_sample:
+        names = ("do_sample", "temperature", "top_p", "top_k")
+        sampling = {name: getattr(generation, name) for name in names}
+        torch.manual_seed(args.seed + args.process_index)
+    was_training = model.training
+    model.eval()
+    with torch.autocast(model.device.type, getattr(torch, settings.precision), settings.precision != "float32"):
+        written = generate_replies(
+            model,
+            tokenizer,
+            [list(replies[i].prompt_ids) for i in mine],
+            max_new_tokens=limit,
+            batch_size=args.per_device_eval_batch_size,
+            prompt_format=settings.prompt_format,
+            sampling=sampling,
+            progress=args.should_log and not args.disable_tqdm,
+            description="predicting",
+        )
+    model.train(was_training)
+    answers = dict(gather_object([(i, reply.text) for i, reply in zip(mine, written)]))
+    return [answers[i] for i in range(len(replies))]
+
+
+def choose_answer_length(model: Any, replies: Sequence[Reply], settings: Settings) -> int:
+    """--max_new_tokens, or less where the context of the model ends earlier and the flag was not given.
+
+    Raises:
+        UserError: a prompt leaves no room for an answer, or less than was asked for.
+    """
+    longest = max((len(reply.prompt_ids) for reply in replies), default=0)
+    room, wanted = model.config.seq_length - longest, settings.generation.max_new_tokens
+    if wanted <= room:
+        return wanted
+    if room < 1 or "max_new_tokens" in settings.given:
+        raise UserError(
+            f"the longest prompt has {longest} tokens, and the model's context {model.config.seq_length}: "
+            f"--max_new_tokens {wanted} does not fit; give a smaller number, or cut the rows with --max_seq_length"
+        )
+    logger.info("answers have at most %d tokens: the longest prompt leaves no more of the model's context", room)
+    return room
+
+
+def check_packages() -> None:
+    """Refuses a run whose answers could not be scored, before the model is loaded.
+
+    Raises:
+        UserError: names all packages that are missing.
+    """
+    missing = [name for module, name in PACKAGES.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise UserError(
+            f"--do_predict computes BLEU and ROUGE with {', '.join(missing)}: pip install {' '.join(missing)}"
+        )
+
+
+def score_pair(predicted: str, label: str) -> dict[str, float]:
+    """Scores one answer, 0 to 100.
+
+    BLEU-4 is nltk's `sentence_bleu` over characters with smoothing method 3 (Chen and Cherry, 2014), ROUGE the F1 of
+    rouge-chinese over jieba's words. An answer or reference without any word has no ROUGE: 0, where the package fails.
+
+    Returns:
+        `bleu-4`, `rouge-1`, `rouge-2`, `rouge-l`, rounded to 4 places.
+    """
+    cut, sentence_bleu, smoothing, get_rouge = _load_packages()
+    words, expected = " ".join(cut(predicted)), " ".join(cut(label))
+    scores = {"bleu-4": 100 * sentence_bleu([list(label)], list(predicted), smoothing_function=smoothing)}
+    rouge: dict[str, Any] = {}
+    if words.split() and expected.split():
+        (rouge,) = get_rouge(words, expected)
+    for name in ("rouge-1", "rouge-2", "rouge-l"):
+        scores[name] = 100 * rouge[name]["f"] if rouge else 0.0
+    return {name: round(float(value), 4) for name, value in scores.items()}
+
+
+def mean_scores(pairs: Iterable[tuple[str, str]]) -> dict[str, float]:
+    """The mean of `score_pair` over (answer, reference); 0 for no pair at all."""
+    scores = [score_pair(predicted, label) for predicted, label in pairs]
+    return {name: sum(each[name] for each in scores) / max(1, len(scores)) for name in SCORES}
+
+
+@functools.cache
+def _load_packages() -> tuple[Callable, Callable, Callable, Callable]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # jieba's regular expressions are of an older Python
+        import jieba
+        from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+        from rouge_chinese import Rouge
+    jieba.setLogLevel(logging.WARNING)  # it reports loading its dictionary as debugging, on standard error
+    return jieba.cut, sentence_bleu, SmoothingFunction().method3, Rouge().get_scores

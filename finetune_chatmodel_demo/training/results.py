@@ -1,6 +1,7 @@
-"""The files beside a result that other programs read: `trainer_log.jsonl` and `*_results.json`.
+"""What a run leaves beside its result: `trainer_log.jsonl`, `*_results.json`, and its curves as pictures.
 
-Names and keys are LLaMA-Factory's, whose users have programs that read them. Any run of `finetune.py` writes them.
+Names and keys are LLaMA-Factory's, whose users have programs that read them. Any run of `finetune.py` writes them;
+the pictures are drawn at each checkpoint and at the end, `--plot_loss False` leaves them out.
 """
 
 import importlib.util
@@ -10,15 +11,14 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
 from finetune_chatmodel_demo.common.errors import UserError
-from finetune_chatmodel_demo.training.checkpoints import PARTIAL_PREFIX
+from finetune_chatmodel_demo.common.files import partial_path, write_whole
 
 TRAINER_LOG = "trainer_log.jsonl"
 ALL_RESULTS = "all_results.json"
@@ -58,8 +58,8 @@ REPORTER_PACKAGES = {
 STAGES_WITH_PERPLEXITY = ("pt", "sft")
 
 
-class TrainerLog:
-    """`trainer_log.jsonl`: one line for each entry of the log, written at once.
+class TrainerLog(TrainerCallback):
+    """`trainer_log.jsonl`: one line for each entry of the log, written at once by the first process.
 
     `elapsed_time` counts the time of earlier parts of a resumed run as well, `remaining_time` follows from the speed
     of this part.
@@ -72,6 +72,15 @@ class TrainerLog:
         self._started: float | None = None
         self._seconds_before = 0.0
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.start(state.max_steps, state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.total_steps:  # not without a training
+            entry = {"epoch": state.epoch, "num_input_tokens_seen": state.num_input_tokens_seen, **(logs or {})}
+            self.write(state.global_step, entry)
+
     def start(self, total_steps: int, first_step: int = 0) -> None:
         """Begins a run, or the rest of one: lines of steps that will be made again are cut.
 
@@ -83,8 +92,7 @@ class TrainerLog:
         kept = [line for line in self._read() if _is_before(line, first_step)] if first_step else []
         self._seconds_before = max((_read_seconds(line.get("elapsed_time")) for line in kept), default=0.0)
         self._started = time.monotonic()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        publish_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, step: int, entry: dict[str, Any]) -> None:
         """Appends a line.
@@ -130,22 +138,6 @@ class TrainerLog:
         return lines
 
 
-class TrainerLogCallback(TrainerCallback):
-    """Writes `trainer_log.jsonl` in the first process while a `Trainer` works."""
-
-    def __init__(self, folder: str | Path) -> None:
-        self.log = TrainerLog(folder)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            self.log.start(state.max_steps, state.global_step)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and self.log.total_steps:  # not without a training
-            entry = {"epoch": state.epoch, "num_input_tokens_seen": state.num_input_tokens_seen, **(logs or {})}
-            self.log.write(state.global_step, entry)
-
-
 def check_reporters(names: Sequence[str]) -> None:
     """Refuses --report_to NAME without the package, which `Trainer` would miss after the model is loaded.
 
@@ -166,9 +158,7 @@ def save_results(folder: str | Path, split: str, metrics: dict[str, Any]) -> Non
         split: train, eval or predict.
         metrics: key → number; numbers that are not finite become null, which JSON can say.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    metrics = _finite(metrics)
+    folder, metrics = Path(folder), _finite(metrics)
     everything: dict[str, Any] = {}
     if (folder / ALL_RESULTS).is_file():
         try:
@@ -177,7 +167,7 @@ def save_results(folder: str | Path, split: str, metrics: dict[str, Any]) -> Non
         except ValueError:
             pass  # a damaged file of figures is no reason to lose the new ones
     for name, content in ((f"{split}_results.json", metrics), (ALL_RESULTS, everything | metrics)):
-        publish_text(folder / name, json.dumps(content, indent=4, sort_keys=True) + "\n")
+        write_whole(folder / name, json.dumps(content, indent=4, sort_keys=True) + "\n")
 
 
 def remove_results(folder: str | Path) -> None:
@@ -249,16 +239,6 @@ def describe_evaluation(log_history: Sequence[dict[str, Any]], stage: str) -> di
     return metrics
 
 
-def publish_text(path: Path, text: str) -> None:
-    """Writes a text file that is whole or not there: beside it first, flushed to disk, then renamed."""
-    partial = path.with_name(PARTIAL_PREFIX + path.name)
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 def _is_before(line: dict[str, Any], first_step: int) -> bool:
     """Whether a line stays when a run goes on; what stands at the end of a run, without any metric, does not."""
     return line["current_steps"] <= first_step and any(key in line for key in METRICS)
@@ -280,33 +260,18 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+if TYPE_CHECKING:
+    from pandas import Series
+
 logger = logging.getLogger(__name__)
 
 SMOOTHING = 0.9
 MOST_MARKED_POINTS = 30
-
-
-@dataclass(frozen=True)
-class Chart:
-    """One picture: `curves` is the trainer's name of a metric → its name in the legend."""
-
-    file: str
-    y_label: str
-    curves: dict[str, str]
-    starts_at_zero: bool = False
-
-
-# The names are those that our trainers, and TRL's, log.
-CHARTS = (
-    Chart(
-        "training_loss.png",
-        "loss",
-        {"loss": "training loss", "eval_loss": "validation loss"},
-        starts_at_zero=True,
-    ),
-    Chart("training_eval_loss.png", "loss", {"eval_loss": "validation loss"}),
-    Chart(
-        "training_rewards.png",
+# Picture → its y-axis and its curves: the trainer's name of a metric → its name in the legend.
+CHARTS = {
+    "training_loss.png": ("loss", {"loss": "training loss", "eval_loss": "validation loss"}),
+    "training_eval_loss.png": ("loss", {"eval_loss": "validation loss"}),
+    "training_rewards.png": (
         "reward",
         {
             "reward": "reward",
@@ -317,8 +282,7 @@ CHARTS = (
             "eval_rewards/margins": "margin, validation",
         },
     ),
-    Chart(
-        "training_accuracy.png",
+    "training_accuracy.png": (
         "share of pairs in the right order",
         {
             "rewards/accuracies": "accuracy",
@@ -326,9 +290,8 @@ CHARTS = (
             "eval_rewards/accuracies": "accuracy, validation",
             "eval_accuracy": "accuracy, validation",
         },
-        starts_at_zero=True,
     ),
-)
+}
 
 
 def plot_curves(log_history: list[dict[str, Any]], folder: str | Path) -> list[Path]:
@@ -342,22 +305,21 @@ def plot_curves(log_history: list[dict[str, Any]], folder: str | Path) -> list[P
         The files that were written.
     """
     written = []
-    for chart in CHARTS:
+    for file in CHARTS:
         try:
-            figure = draw_chart(log_history, chart)
+            figure = draw_chart(log_history, file)
         except ImportError:
             logger.warning("no curves are drawn: the package matplotlib is not installed")
             return written
         if figure is not None:
-            path = Path(folder) / chart.file
-            partial = path.with_name(PARTIAL_PREFIX + path.name)
-            figure.savefig(partial, format="png")
-            os.replace(partial, path)
+            path = Path(folder) / file
+            figure.savefig(partial_path(path), format="png")
+            os.replace(partial_path(path), path)
             written.append(path)
     return written
 
 
-def draw_chart(log_history: list[dict[str, Any]], chart: Chart) -> Any | None:
+def draw_chart(log_history: list[dict[str, Any]], file: str) -> Any | None:
     """Draws one chart.
 
     Returns:
@@ -366,7 +328,8 @@ def draw_chart(log_history: list[dict[str, Any]], chart: Chart) -> Any | None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    curves = [(label, points) for key, label in chart.curves.items() if (points := read_curve(log_history, key))]
+    y_label, names = CHARTS[file]
+    curves = {label: curve for key, label in names.items() if len(curve := read_curve(log_history, key))}
     if not curves:
         return None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -375,31 +338,25 @@ def draw_chart(log_history: list[dict[str, Any]], chart: Chart) -> Any | None:
     figure = Figure(figsize=(8, 4.5), dpi=120)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for index, (label, points) in enumerate(curves):
-        color = f"C{index}"
-        marker = "o" if len(points) <= MOST_MARKED_POINTS else None  # a line of one point would be invisible
-        axes.plot(*zip(*points), color=color, alpha=0.3, linewidth=1, marker=marker, markersize=3, label="_" + label)
-        axes.plot(*zip(*smooth(points)), color=color, label=f"{label} (smoothed)")
+    for index, (label, curve) in enumerate(curves.items()):
+        marker = "o" if len(curve) <= MOST_MARKED_POINTS else None  # a line of one point would be invisible
+        pale = {"alpha": 0.3, "linewidth": 1, "marker": marker, "markersize": 3}
+        axes.plot(curve.index, curve, color=f"C{index}", label="_" + label, **pale)
+        axes.plot(curve.index, curve.ewm(alpha=1 - SMOOTHING).mean(), color=f"C{index}", label=f"{label} (smoothed)")
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel(chart.y_label)
-    if chart.starts_at_zero:
-        axes.set_ylim(bottom=min(0, *(value for _, points in curves for _, value in points)))
+    axes.set_ylabel(y_label)
+    if y_label != "reward":
+        axes.set_ylim(bottom=min(0, *(curve.min() for curve in curves.values())))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
     return figure
 
 
-def read_curve(log_history: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
-    """(step, value) of a metric, without values that are not finite."""
-    points = [(entry["step"], entry[key]) for entry in log_history if key in entry and "step" in entry]
-    return [(step, value) for step, value in points if value is not None and math.isfinite(value)]
+def read_curve(log_history: list[dict[str, Any]], key: str) -> "Series":
+    """A metric by step, without values that are not finite."""
+    import pandas
 
-
-def smooth(points: list[tuple[int, float]], weight: float = SMOOTHING) -> list[tuple[int, float]]:
-    """Exponential moving average, corrected for its start at zero."""
-    result, average = [], 0.0
-    for count, (step, value) in enumerate(points, start=1):
-        average = weight * average + (1 - weight) * value
-        result.append((step, average / (1 - weight**count)))
-    return result
+    points = {entry["step"]: entry[key] for entry in log_history if key in entry and "step" in entry}
+    curve = pandas.Series(points, dtype=float)
+    return curve[curve.abs() < math.inf]

@@ -4,11 +4,8 @@ Rows in units of similar length, tokens per second, a stop at the first loss tha
 are whole or not there.
 """
 
-import logging
+import math
 import random
-import signal
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,15 +15,16 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset, Sampler
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from finetune_chatmodel_demo.training.arguments import FULL, LORA, P_TUNING, RunArguments
+from finetune_chatmodel_demo.common.errors import UserError
+from finetune_chatmodel_demo.common.files import partial_path, publish_files
+from finetune_chatmodel_demo.training.arguments import FULL, LORA, P_TUNING
+from finetune_chatmodel_demo.training.callbacks import EpochOrder, Throughput, build_early_stopping
 from finetune_chatmodel_demo.training.checkpoints import (
-    partial_folder,
+    nothing_half_written,
     publish_checkpoint,
-    publish_files,
-    remove_leftovers,
     remove_old_checkpoints,
     start_partial,
 )
@@ -41,13 +39,28 @@ from finetune_chatmodel_demo.training.sampling import (
     order_rows,
 )
 from finetune_chatmodel_demo.training.settings import Settings
-from finetune_chatmodel_demo.training.watch import LearningWatch, read_number
+from finetune_chatmodel_demo.training.watch import LearningWatch
 from finetune_chatmodel_demo.training.zero import gather_parameters, leave_out_frozen
 
 RESULT = "result"
 
 
-class NonFiniteLossError(RuntimeError):
+@contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Within this context random numbers may be drawn; afterwards all generators go on where they were."""
+    python, arrays, cpu = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
+        torch.random.set_rng_state(cpu)
+        if devices:
+            torch.cuda.set_rng_state_all(devices)
+
+
+class NonFiniteLossError(UserError):
     """The loss or the gradient became infinite or not a number."""
 
 
@@ -80,7 +93,10 @@ class RunTrainer(Trainer):
         self.settings = settings
         self.tokenizer_to_save = tokenizer
         self.throughput = Throughput()
+        self.epoch_order = EpochOrder()
+        # Of each batch of the step at work: its rows (B,), and its loss, tokens and supervised tokens (3,).
         self._rows_of_step: list[torch.Tensor] = []
+        self._figures_of_step: list[torch.Tensor] = []
         self.watch = next((callback for callback in callbacks if isinstance(callback, LearningWatch)), None)
         uses_cache = model.config.use_cache
         is_quantized_prefix = getattr(model, "is_quantized", False) and settings.method == P_TUNING
@@ -92,7 +108,7 @@ class RunTrainer(Trainer):
             data_collator=NumberedCollator(collate),
             train_dataset=number_rows(train_rows),
             eval_dataset=number_rows(validation_rows),
-            callbacks=[self.throughput, EpochOrder(self), *build_early_stopping(settings.run), *callbacks],
+            callbacks=[self.throughput, self.epoch_order, *build_early_stopping(settings.run), *callbacks],
             **kwargs,
         )
         if is_quantized_prefix:
@@ -104,8 +120,8 @@ class RunTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         rows = self.train_dataset if train_dataset is None else train_dataset
-        self.row_order = order_rows(rows.lengths, self.args)
-        return super()._get_train_sampler(train_dataset) if self.row_order is None else self.row_order
+        self.epoch_order.order = order = order_rows(rows.lengths, self.args)
+        return super()._get_train_sampler(train_dataset) if order is None else order
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
         """Longest rows first: little padding, and too little memory shows at once."""
@@ -118,30 +134,33 @@ class RunTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """One batch forward and backward.
-
-        Raises:
-            NonFiniteLossError: when the loss is not finite; the message names the batch's rows.
-        """
+        """One batch forward and backward. Nothing here waits for the device."""
         self._rows_of_step.append(inputs.pop("row_index"))
-        counts = inputs.pop("token_counts")
+        counts = inputs.pop("token_counts").sum(dim=0)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            raise NonFiniteLossError(self._describe_failure(f"the loss is {loss.item()}", self._rows_of_step[-1:]))
-        totals = counts.sum(dim=0)
-        self.throughput.add(totals)
-        if self.watch is not None:
-            self.watch.add_batch(loss.item(), supervised=int(totals[1]), tokens=int(totals[0]))
+        self.throughput.add(counts)
+        self._figures_of_step.append(torch.cat([loss.detach().float().reshape(1), counts.to(loss.device).float()]))
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The gradient's norm, before it is applied: the one moment of a step in which the host waits for the device.
+
+        Raises:
+            NonFiniteLossError: when a loss or the norm is not finite; the message names the rows.
+        """
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        rows, self._rows_of_step = self._rows_of_step, []
+        rows, figures = self._rows_of_step, torch.stack(self._figures_of_step).tolist()
+        self._rows_of_step, self._figures_of_step = [], []
+        for batch, (loss, *_) in zip(rows, figures):
+            if not math.isfinite(loss):
+                raise NonFiniteLossError(self._describe_failure(f"the loss is {loss}", [batch]))
+        value = float(norm)
         has_loss_scaling = self.settings.precision == "float16" or self.is_deepspeed_enabled
-        if norm is not None and not has_loss_scaling and not torch.isfinite(torch.as_tensor(norm)):
-            raise NonFiniteLossError(self._describe_failure(f"the gradient's norm is {float(norm)}", rows))
-        if norm is not None and self.watch is not None:
-            self.watch.add_gradient(read_number(norm))
+        if not has_loss_scaling and not math.isfinite(value):
+            raise NonFiniteLossError(self._describe_failure(f"the gradient's norm is {value}", rows))
+        if self.watch is not None:
+            loss, tokens, supervised = (sum(column) for column in zip(*figures))
+            self.watch.add_step(loss, supervised=int(supervised), tokens=int(tokens), norm=value)
         return norm
 
     def _where(self, row: int) -> str:
@@ -206,12 +225,8 @@ class RunTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        try:
+        with nothing_half_written(folder.parent, is_cleaned=self.args.should_save):
             self._write_checkpoint(folder)
-        except OSError:  # a full disk, most often: what is there is of no use, and takes room
-            if self.args.should_save:
-                remove_leftovers(self.args.output_dir)
-            raise
 
     def _write_checkpoint(self, folder: Path) -> None:
         self.store_flos()
@@ -229,7 +244,8 @@ class RunTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             facts = {"method": self.settings.method, "stage": self.settings.stage.stage}
-            publish_checkpoint(folder, {"step": self.state.global_step, **facts, "run": self.describe_run()})
+            content = {"step": self.state.global_step, **facts, "run": self.describe_run()}
+            publish_checkpoint(folder, content, self.settings.run.hash_checkpoints)
             remove_old_checkpoints(self.args.output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
             self.plot()
         self.accelerator.wait_for_everyone()
@@ -252,18 +268,19 @@ class RunTrainer(Trainer):
         if self.args.should_save:
             start_partial(folder)
         self.accelerator.wait_for_everyone()
-        return partial_folder(folder)
+        return partial_path(folder)
 
     def save_result(self) -> None:
         """Writes the trained prefix or model, the state and the loss curve into `output_dir` itself."""
         folder = Path(self.args.output_dir)
-        partial = self._start_partial(folder / RESULT)
-        self.save_model(str(partial), _internal_call=True)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            self.state.save_to_json(str(partial / "trainer_state.json"))
-            publish_files(partial, folder)
-            self.plot()
+        with nothing_half_written(folder, is_cleaned=self.args.should_save):
+            partial = self._start_partial(folder / RESULT)
+            self.save_model(str(partial), _internal_call=True)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self.state.save_to_json(str(partial / "trainer_state.json"))
+                publish_files(partial, folder)
+                self.plot()
 
     def plot(self) -> None:
         """Draws the curves into `output_dir`, unless --plot_loss False."""
@@ -337,124 +354,3 @@ class RunTrainer(Trainer):
             super()._load_best_model()
         else:
             load_trained(self.model, self.settings, best)
-
-
-@contextmanager
-def kept_random_state() -> Iterator[None]:
-    """Within this context random numbers may be drawn; afterwards all generators go on where they were."""
-    python, arrays, cpu = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(arrays)
-        torch.random.set_rng_state(cpu)
-        if devices:
-            torch.cuda.set_rng_state_all(devices)
-
-
-def build_early_stopping(run: RunArguments) -> list[TrainerCallback]:
-    """transformers' early stopping, where it was asked for."""
-    if run.early_stopping_patience is None:
-        return []
-    return [EarlyStoppingCallback(run.early_stopping_patience, run.early_stopping_threshold)]
-
-
-def stopped_early(state: TrainerState, run: RunArguments) -> bool:
-    """Whether the patience of the command line was at its end when a checkpoint's state was saved."""
-    kept = state.stateful_callbacks.get(EarlyStoppingCallback.__name__)
-    if run.early_stopping_patience is None or not kept:
-        return False
-    return kept["attributes"]["early_stopping_patience_counter"] >= run.early_stopping_patience
-
-
-class EpochOrder(TrainerCallback):
-    """Tells the sampler which epoch begins, also when a run is resumed in the middle of one."""
-
-    def __init__(self, trainer: "RunTrainer") -> None:
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        order = getattr(self.trainer, "row_order", None)
-        if order is not None:
-            order.set_epoch(int((state.epoch or 0) + 1e-6))
-
-
-class Throughput(TrainerCallback):
-    """Counts tokens and the seconds spent in steps (not in validation or saving) since the last log entry."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self.started: float | None = None
-        self.counts: torch.Tensor | None = None
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.started = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.started is not None:
-            self.seconds += time.perf_counter() - self.started
-            self.started = None
-
-    def add(self, counts: torch.Tensor) -> None:
-        """Adds a batch: (2,), all tokens without padding and supervised ones."""
-        self.counts = counts.clone() if self.counts is None else self.counts + counts
-
-    def collect(self, accelerator: Any) -> dict[str, float]:
-        """Returns tokens per second over all processes since the last call, and starts over."""
-        if self.counts is None or self.seconds == 0:
-            return {}
-        total, supervised = accelerator.reduce(self.counts, reduction="sum").tolist()
-        speeds = {
-            "tokens_per_second": round(total / self.seconds),
-            "supervised_tokens_per_second": round(supervised / self.seconds),
-        }
-        self.seconds, self.counts = 0.0, None
-        return speeds
-
-
-logger = logging.getLogger(__name__)
-
-
-class RunStopped(Exception):
-    """The run was asked to stop, and has saved a checkpoint."""
-
-
-class StopOnSignal(TrainerCallback):
-    """Saves and stops at the end of the step in which SIGTERM arrives; a second SIGTERM ends the process at once."""
-
-    def __init__(self) -> None:
-        self.is_asked = False
-        self.stopped_after: int | None = None  # the step
-        self._before: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._note)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._restore()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.stopped_after is None and self._is_asked_anywhere(args):
-            self.stopped_after = state.global_step
-            control.should_save = control.should_training_stop = True
-
-    def _note(self, number: int, frame: Any) -> None:
-        self.is_asked = True
-        self._restore()
-        logger.warning("SIGTERM: the run saves a checkpoint after this step and ends")
-
-    def _restore(self) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
-            self._before = None
-
-    def _is_asked_anywhere(self, args: Any) -> bool:
-        """All processes have to stop after the same step, whichever of them the signal reached."""
-        if args.world_size == 1:
-            return self.is_asked
-        asked = torch.tensor(int(self.is_asked), device=args.device)
-        torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
-        return bool(asked)

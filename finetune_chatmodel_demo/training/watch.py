@@ -1,13 +1,11 @@
 """Warns when a run is not learning, with the likely cause and what to do: each cause once, at its first sign.
 
-    reach       before the start: the learning rate cannot move a new prefix out of its noise
-    masked      next to nothing is supervised, in the data or in the batches
-    flat        the loss has not fallen after a tenth, a quarter or a half of the run
-    gradients   the gradients are zero, vanish, or overflow step after step
-    high        the loss stays above that of guessing
-    rising      the loss has lost what it had gained
-
-Exercised by `pytest tests/test_diagnosis.py`, which replays the published run that learned nothing (P-Tuning, 2e-5).
+reach       before the start: the learning rate cannot move a new prefix out of its noise
+masked      next to nothing is supervised, in the data or in the last steps
+flat        the loss has not fallen after a tenth, a quarter or a half of the run
+gradients   the gradients are zero, vanish, or overflow step after step
+high        the loss stays above that of guessing
+rising      the loss has lost what it had gained
 """
 
 import logging
@@ -17,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
 
 from finetune_chatmodel_demo.training.arguments import P_TUNING
@@ -34,7 +31,6 @@ LEAST_IMPROVEMENT = 0.03
 LEARNED = 0.3  # nats a token: below it there is little left to learn
 LOW_RATE = 0.1  # of the usual learning rate
 LEAST_SUPERVISED = 0.01
-BATCHES_OF_SHARE = 20
 RISE_WINDOW, RISE_WINDOW_SHARE = 10, 0.03
 ABOVE_GUESSING = 1.0  # nats
 FIRST_STEPS = 3
@@ -42,6 +38,16 @@ STEPS_IN_A_ROW = 20
 ZERO_STEPS = 3
 ADAM_EPSILONS = 10  # an element's gradient below 10 epsilons is held back by Adam's epsilon
 REACHING_OPTIMIZERS = ("adam", "paged_adam", "lion")  # they move an element by about the learning rate
+# Standard errors by which a difference must stand out: 2.5% of true differences lie further out on one side.
+CERTAINTY = 2.0
+# A rise is acted upon, so it must be certain: 4 standard errors, in two windows in a row.
+RISE_CERTAINTY = 4.0
+RISE_WINDOWS = 2
+LEAST_RISE = 0.2  # nats
+SHARE_LOST = 0.5  # of what had been gained
+SHARE_OF_START = 0.1
+GRADIENT_WINDOW = 20
+VANISHED_SHARE = 1e-3
 
 
 class LearningWatch(TrainerCallback):
@@ -62,22 +68,22 @@ class LearningWatch(TrainerCallback):
         self.warned: dict[str, str] = {}
         self.losses: list[float] = []
         self.norms: list[float] = []
-        self._loss_of_step = 0.0
-        self._shares: list[tuple[int, int]] = []  # supervised tokens and all tokens of the newest batches
+        self._shares: list[tuple[int, int]] = []  # supervised tokens and all tokens of the newest steps
         self._overflows = 0
         self._looks: list[int] = []
         self._guessing: float | None = None
         self._parameters = 0
 
-    # What the trainer hands over
+    def add_step(self, loss: float, supervised: int, tokens: int, norm: float) -> None:
+        """Takes a step before it is applied; `RunTrainer` calls it.
 
-    def add_batch(self, loss: float, supervised: int, tokens: int) -> None:
-        """Takes a batch; its loss is a share of the step's, as `training_step` returns it."""
-        self._loss_of_step += loss
-        self._shares = [*self._shares[1 - BATCHES_OF_SHARE :], (supervised, tokens)]
-
-    def add_gradient(self, norm: float) -> None:
-        """Takes the gradient's norm of a step, before clipping."""
+        Args:
+            loss: of all its batches.
+            supervised, tokens: in them.
+            norm: of the gradient, before clipping.
+        """
+        self.losses.append(loss)
+        self._shares = [*self._shares[1 - STEPS_IN_A_ROW :], (supervised, tokens)]
         if math.isfinite(norm):
             self._overflows = 0
             self.norms.append(norm)
@@ -97,16 +103,19 @@ class LearningWatch(TrainerCallback):
         if not state.is_world_process_zero:
             return
         if self.report is not None:
-            self._check_data()
+            self._check_supervised(
+                "the training data", *(getattr(self.report, f"tokens_{kind}", 0) for kind in ("supervised", "total"))
+            )
         self._check_reach(args, state, model, kwargs.get("lr_scheduler"))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Looks at what the step has added."""
-        self.losses.append(self._loss_of_step)
-        self._loss_of_step = 0.0
         if not state.is_world_process_zero:
             return
-        self._check_batches(state)
+        if len(self._shares) == STEPS_IN_A_ROW:
+            self._check_supervised(
+                f"the last {STEPS_IN_A_ROW} steps up to step {state.global_step}", *map(sum, zip(*self._shares))
+            )
         self._check_gradients(args, state)
         self._check_level(args, state)
         if self._looks and state.global_step >= self._looks[0]:
@@ -115,15 +124,14 @@ class LearningWatch(TrainerCallback):
 
     # Causes
 
-    def _check_data(self) -> None:
-        tokens, supervised = (getattr(self.report, name, 0) for name in ("tokens_total", "tokens_supervised"))
+    def _check_supervised(self, where: str, supervised: int, tokens: int) -> None:
         if tokens and supervised < LEAST_SUPERVISED * tokens:
             self._warn(
                 "masked",
-                f"only {supervised:,} of {tokens:,} tokens of the training data ({supervised / tokens:.2%}) are "
-                "supervised: the model learns from next to nothing. Likely cause: replies that the length limit cuts "
-                'off, roles or "loss" keys that switch the loss off. Look at the coloured rows of inspect_data.py, '
-                "raise --max_seq_length; if the replies really are that short, go on",
+                f"only {supervised:,} of {tokens:,} tokens of {where} ({supervised / tokens:.2%}) are supervised: the "
+                "model learns from next to nothing. Likely cause: replies that the length limit cuts off, roles or "
+                '"loss" keys that switch the loss off. Look at the coloured rows of inspect_data.py, raise '
+                "--max_seq_length; if the replies really are that short, go on",
             )
 
     def _check_reach(self, args: Any, state: Any, model: Any, scheduler: Any) -> None:
@@ -145,19 +153,6 @@ class LearningWatch(TrainerCallback):
                 f"at most {distance:.2g} in {state.max_steps} steps, {distance / spread:.2g} of the prefix's spread of "
                 f"{spread:.2g}. Likely cause: a learning rate for other methods than P-Tuning v2. Use --learning_rate "
                 f"{max(self.usual_rate, float(f'{needed:.0e}')):g}, or train longer",
-            )
-
-    def _check_batches(self, state: Any) -> None:
-        if len(self._shares) < BATCHES_OF_SHARE:
-            return
-        supervised, tokens = (sum(column) for column in zip(*self._shares))
-        if supervised < LEAST_SUPERVISED * tokens:
-            self._warn(
-                "masked",
-                f"the last {len(self._shares)} batches up to step {state.global_step} have {supervised:,} supervised "
-                f"tokens among {tokens:,} ({supervised / max(tokens, 1):.2%}): the model learns from next to nothing. "
-                'Likely cause: replies that the length limit cuts off, roles or "loss" keys that switch the loss '
-                "off. Look at the coloured rows of inspect_data.py",
             )
 
     def _check_gradients(self, args: Any, state: Any) -> None:
@@ -298,23 +293,6 @@ def spread_log(log_history: Sequence[dict[str, Any]]) -> list[float]:
         if "loss" in entry and entry["loss"] is not None:
             losses += [float(entry["loss"])] * max(0, entry["step"] - len(losses))
     return losses
-
-
-def read_number(value: Any) -> float:
-    """A number of a tensor or of a number."""
-    return value.item() if isinstance(value, torch.Tensor) else float(value)
-
-
-# Standard errors by which a difference must stand out: 2.5% of true differences lie further out on one side.
-CERTAINTY = 2.0
-# A rise is acted upon, so it must be certain: 4 standard errors, in two windows in a row.
-RISE_CERTAINTY = 4.0
-RISE_WINDOWS = 2
-LEAST_RISE = 0.2  # nats
-SHARE_LOST = 0.5  # of what had been gained
-SHARE_OF_START = 0.1
-GRADIENT_WINDOW = 20
-VANISHED_SHARE = 1e-3
 
 
 @dataclass(frozen=True)

@@ -8,20 +8,21 @@ from typing import Any
 from transformers import set_seed
 
 from finetune_chatmodel_demo.common.errors import UserError
+from finetune_chatmodel_demo.common.files import remove_leftovers
 from finetune_chatmodel_demo.conversation.records import RecordError
 from finetune_chatmodel_demo.conversation.stage_data import StageData, build_stage_data
 from finetune_chatmodel_demo.training.base_model import load_base_tokenizer
+from finetune_chatmodel_demo.training.callbacks import RunStopped, StopOnSignal, stopped_early
 from finetune_chatmodel_demo.training.checkpoints import (
     list_checkpoints,
     read_manifest,
     remove_checkpoint,
-    remove_leftovers,
 )
 from finetune_chatmodel_demo.training.manifest import write_run_manifest
 from finetune_chatmodel_demo.training.methods import prepare_model
 from finetune_chatmodel_demo.training.report import count_steps, describe_start, sanity_check
 from finetune_chatmodel_demo.training.results import (
-    TrainerLogCallback,
+    TrainerLog,
     describe_evaluation,
     describe_training,
     is_evaluation,
@@ -30,7 +31,7 @@ from finetune_chatmodel_demo.training.results import (
 )
 from finetune_chatmodel_demo.training.settings import Settings
 from finetune_chatmodel_demo.training.start_plan import describe_dry_run, warn_of_memory
-from finetune_chatmodel_demo.training.trainer import RunStopped, RunTrainer, StopOnSignal, stopped_early
+from finetune_chatmodel_demo.training.trainer import RunTrainer
 from finetune_chatmodel_demo.training.zero import take_up_other_processes
 
 SETTINGS_FILE = "settings.json"
@@ -63,7 +64,7 @@ def run_finetuning(settings: Settings) -> RunTrainer | None:
         return None
     model = prepare_model(settings)
     trainer = trainer_class(settings.stage.stage)(model, settings, tokenizer, data.train, data.validation)
-    trainer.add_callback(TrainerLogCallback(args.output_dir))
+    trainer.add_callback(TrainerLog(args.output_dir))
     stop = StopOnSignal()
     trainer.add_callback(stop)
     if args.should_log:

@@ -47,12 +47,13 @@ class ChatTrainer(RunTrainer):
         tokenizer: PreTrainedTokenizerBase,
         train_rows: Any | None,
         validation_rows: Any | None = None,
+        watch: LearningWatch | None = None,
     ) -> None:
-        """Arguments: see `RunTrainer`."""
+        """Arguments: see `RunTrainer`; `watch` looks at each step, default: a `LearningWatch` with the rows' report."""
         self._validation = torch.zeros(2, dtype=torch.float64)
         self._questions: list[Reply] | None = None
         self._evaluator: TrainingEvaluator | None = None
-        report = getattr(train_rows, "report", None)
+        watch = watch or LearningWatch(settings, getattr(train_rows, "report", None))
         if settings.data.packing and train_rows is not None:
             train_rows = GroupedRows(train_rows, settings.data.max_seq_length, settings.training.seed)
         super().__init__(
@@ -62,7 +63,7 @@ class ChatTrainer(RunTrainer):
             _Collator(tokenizer.pad_token_id),
             train_rows,
             validation_rows,
-            callbacks=[LearningWatch(settings, report)],
+            callbacks=[watch],
         )
 
     def prediction_step(
