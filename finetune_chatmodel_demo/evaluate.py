@@ -107,14 +107,14 @@ def _add(group: argparse._ArgumentGroup, flag: str, **options: Any) -> None:
 
 def report_files(arguments: argparse.Namespace) -> None:
     """`--data`: evaluate, write `--output`, print the table and some wrong replies."""
-    from finetune_chatmodel_demo.evaluation import conversation_files
+    from finetune_chatmodel_demo.evaluation import exact
 
-    result = conversation_files.evaluate_files(arguments)
+    result = exact.evaluate_files(arguments)
     if arguments.output:
         _write_json(arguments.output, result)
-    print(conversation_files.format_table(result))
+    print(exact.shares_table(result))
     print("(share of replies that equal the reference text, with its 95 % Wilson interval)")
-    if examples := conversation_files.format_examples(result, arguments.examples):
+    if examples := exact.format_examples(result, arguments.examples):
         print(examples)
 
 
@@ -122,9 +122,8 @@ def report_facts(arguments: argparse.Namespace) -> None:
     """`--csv` and `--questions_file`: build, compare, write the reports, print the summary."""
     from finetune_chatmodel_demo.evaluation.candidates import choose_candidates
     from finetune_chatmodel_demo.evaluation.comparison import AskOptions, compare_candidates
+    from finetune_chatmodel_demo.evaluation.comparison_report import describe_run, summary, write_reports
     from finetune_chatmodel_demo.evaluation.probing import PROBES_FILE, read_probes
-    from finetune_chatmodel_demo.evaluation.report_files import describe_run, write_reports
-    from finetune_chatmodel_demo.evaluation.report_text import summary
 
     probes = None if arguments.probes == "none" else read_probes(arguments.probes or PROBES_FILE)
     questions = load_questions(arguments)
@@ -161,7 +160,7 @@ def load_questions(arguments: argparse.Namespace) -> Any:
     if arguments.template is None:
         raise UsageError("--csv needs --template, the wordings of questions: see data_processing/templates")
     try:
-        from data_processing.question_builder import BuildOptions, read_and_build
+        from finetune_chatmodel_demo.evaluation.question_building import BuildOptions, read_and_build
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("data_processing"):
             raise

@@ -1,8 +1,7 @@
 """What the tests of the evaluation room share: a small table of facts, dialogues about it, scripted replies."""
 
-from finetune_chatmodel_demo.evaluation.fact_checking import check_reply
-from finetune_chatmodel_demo.evaluation.facts import FactTable, normalized_names
-from finetune_chatmodel_demo.evaluation.fields import build_field
+from finetune_chatmodel_demo.evaluation.facts import FactTable, build_field, normalized_names
+from finetune_chatmodel_demo.evaluation.judge import check_reply
 from finetune_chatmodel_demo.evaluation.questions import (
     MULTI_TURN,
     TRAINED,

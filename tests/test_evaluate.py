@@ -1,6 +1,7 @@
 """evaluate.py: the two ways of asking, exact shares of base and prefix, the JSON, and what it says of mistakes."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,13 +13,13 @@ from conversation_helpers import message, write_jsonl
 
 from finetune_chatmodel_demo import evaluate
 from finetune_chatmodel_demo.conversation.render import render_prompt
-from finetune_chatmodel_demo.evaluation import conversation_files
-from finetune_chatmodel_demo.evaluation.exact_match import (
+from finetune_chatmodel_demo.evaluation import exact
+from finetune_chatmodel_demo.evaluation.comparison import wilson_interval
+from finetune_chatmodel_demo.evaluation.exact import (
     Question,
     longest_reply_needed,
     read_questions,
     score_questions,
-    wilson_interval,
 )
 from finetune_chatmodel_demo.generation.batch import generate_batch
 
@@ -91,7 +92,9 @@ def test_shares_are_counted_exactly(capsys, tmp_path, data, base, prefix):
     assert (result["model"], result["pt_checkpoint"]) == (str(base), str(prefix))
     lines = out.splitlines()
     assert lines[0].split() == ["exact", "answers", "base", "base", "+", "prefix", "questions"]
-    assert lines[2] == "trained phrasings  10.0% (2.8% to 30.1%)  65.0% (43.3% to 81.9%)  20"
+    assert re.split("  +", lines[2]) == [
+        *("trained phrasings", "10.0% (2.8% to 30.1%)", "65.0% (43.3% to 81.9%)", "20")
+    ]
     assert "trained phrasings, base + prefix, wrong (弱点): 它的弱点？" in out
     assert out.count("expected '不知道'") == 3
 
@@ -163,7 +166,7 @@ def test_replies_that_hit_the_cap_are_counted(prefix_model, tokenizer):
     score = score_questions(
         prefix_model, tokenizer, [question], prompt_format="multi-turn", max_new_tokens=1, batch_size=1
     )
-    assert (score.exact, score.hit_cap) == (0, 1)
+    assert (score["exact"], score["hit_cap"]) == (0, 1)
 
 
 def test_the_default_cap_lets_every_right_reply_end(tokenizer, data):
@@ -189,19 +192,19 @@ def test_wilson_needs_trials():
 def test_names_of_files(tmp_path):
     path = tmp_path / "a=b.jsonl"
     path.touch()
-    assert conversation_files.split_data(str(path)) == ("a=b", str(path))
-    assert conversation_files.split_data("unseen phrasings=x/y.jsonl") == ("unseen phrasings", "x/y.jsonl")
-    assert conversation_files.split_data("x/y.jsonl") == ("y", "x/y.jsonl")
+    assert exact.split_data(str(path)) == ("a=b", str(path))
+    assert exact.split_data("unseen phrasings=x/y.jsonl") == ("unseen phrasings", "x/y.jsonl")
+    assert exact.split_data("x/y.jsonl") == ("y", "x/y.jsonl")
 
 
 def test_tables_align_wide_characters():
     score = {"asked": 4, "share": 0.5, "wilson95": [0.1, 0.9]}
     files = [{"name": name, "scores": {"model": score}} for name in ("见过的问法", "x")]
-    assert conversation_files.format_table({"files": files}).splitlines() == [
-        "exact answers  model                   questions",
-        "-------------  ----------------------  ---------",
-        "见过的问法     50.0% (10.0% to 90.0%)  4",
-        "x              50.0% (10.0% to 90.0%)  4",
+    assert exact.shares_table({"files": files}).splitlines() == [
+        "exact answers    model                     questions",
+        "---------------  ----------------------  -----------",
+        "见过的问法       50.0% (10.0% to 90.0%)            4",
+        "x                50.0% (10.0% to 90.0%)            4",
     ]
 
 

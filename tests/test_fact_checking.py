@@ -9,12 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_processing.csv_rows import CsvRows
-from data_processing.fact_tables import build_fact_table
-from data_processing.single_questions import QuestionPool
 from data_processing.template_reader import load_template
-from finetune_chatmodel_demo.evaluation.fact_checking import check_reply
-from finetune_chatmodel_demo.evaluation.fields import infer_kind, normalize
-from finetune_chatmodel_demo.evaluation.numbers import read_chinese_number
+from finetune_chatmodel_demo.evaluation.facts import infer_kind, normalize
+from finetune_chatmodel_demo.evaluation.judge import check_reply
+from finetune_chatmodel_demo.evaluation.question_pool import QuestionPool, build_fact_table
+from finetune_chatmodel_demo.evaluation.reading import read_chinese_number
 
 ROOM = Path(__file__).resolve().parents[1] / "data_processing"
 ROWS = list(CsvRows(ROOM / "data.csv"))

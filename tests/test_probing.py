@@ -7,11 +7,11 @@ import re
 import pytest
 import torch
 
+from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.conversation.render import render_conversation
 from finetune_chatmodel_demo.evaluation import probing
 from finetune_chatmodel_demo.evaluation.probing import (
     PROBES_FILE,
-    ProbeError,
     measure_obedience,
     measure_perplexity,
     probe_model,
@@ -102,7 +102,7 @@ def test_the_probes_that_come_along(prefix_model, tokenizer):
 )
 def test_files_that_are_no_probes(tmp_path, data):
     (tmp_path / "p.json").write_text(data, encoding="utf-8")
-    with pytest.raises(ProbeError, match=r"p\.json (is no probe file|holds no probe)"):
+    with pytest.raises(UserError, match=r"p\.json (is no probe file|holds no probe)"):
         read_probes(tmp_path / "p.json")
 
 

@@ -10,11 +10,12 @@ from data_processing import data_processing, question_builder
 from data_processing.common import DataError
 from data_processing.conversation_template import normal_form
 from data_processing.csv_rows import CsvRows
-from data_processing.fact_tables import build_fact_table
 from data_processing.holding_out import is_held_out
-from data_processing.question_builder import BuildOptions, build_questions, read_and_build
 from data_processing.template_reader import load_template
-from finetune_chatmodel_demo.evaluation.fact_checking import check_reply
+from finetune_chatmodel_demo.common.errors import UserError
+from finetune_chatmodel_demo.evaluation.judge import check_reply
+from finetune_chatmodel_demo.evaluation.question_building import BuildOptions, build_questions, read_and_build
+from finetune_chatmodel_demo.evaluation.question_pool import build_fact_table
 from finetune_chatmodel_demo.evaluation.questions import (
     GROUPS,
     HELD_OUT_TRAINED,
@@ -23,11 +24,10 @@ from finetune_chatmodel_demo.evaluation.questions import (
     TRAINED,
     UNANSWERABLE,
     UNSEEN,
-    QuestionFileError,
+    check_training_file,
     read_question_file,
     write_questions,
 )
-from finetune_chatmodel_demo.evaluation.training_data import LeakError, check_training_file
 
 ROOM = Path(__file__).resolve().parents[1] / "data_processing"
 DATA, KANTO = ROOM / "data.csv", ROOM / "templates" / "pokemon_kanto.yaml"
@@ -121,7 +121,7 @@ def test_the_same_rows_are_held_out_of_the_training_data(kanto, tmp_path):
 
 def test_a_training_file_with_held_out_subjects_is_refused(kanto, tmp_path):
     data_processing.main(["--template", str(KANTO), "--output", str(tmp_path / "all.json")])
-    with pytest.raises(LeakError, match=r"all\.json: \d+ conversations are about subjects that are said to be"):
+    with pytest.raises(UserError, match=r"all\.json: \d+ conversations are about subjects that are said to be"):
         check_training_file(kanto, tmp_path / "all.json")
 
 
@@ -130,7 +130,7 @@ def test_a_training_file_with_unseen_wordings_is_refused(kanto, tmp_path):
     talk = [{"role": "user", "content": turn.text}, {"role": "assistant", "content": turn.reference}]
     path = tmp_path / "leak.jsonl"
     path.write_text(json.dumps({"conversations": talk}, ensure_ascii=False), encoding="utf-8")
-    with pytest.raises(LeakError, match="1 questions of the group 'unseen phrasings' are trained on to the letter"):
+    with pytest.raises(UserError, match="1 questions of the group 'unseen phrasings' are trained on to the letter"):
         check_training_file(kanto, path)
 
 
@@ -335,7 +335,7 @@ def test_files_that_are_no_question_files(tmp_path):
         ('{"format": "other"}', "expected a question file"),
     ):
         (tmp_path / "f.json").write_text(text, encoding="utf-8")
-        with pytest.raises(QuestionFileError, match=message):
+        with pytest.raises(UserError, match=message):
             read_question_file(tmp_path / "f.json")
     with pytest.raises(FileNotFoundError, match=r"question_builder\.py"):
         read_question_file(tmp_path / "nowhere.json")

@@ -12,6 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
+from finetune_chatmodel_demo.common.errors import UserError
+
 BLOCK_BYTES = 1 << 20
 MAX_BAD_MESSAGES = 20
 _JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
@@ -21,7 +23,7 @@ _SPACE_RUN = re.compile(f"[{_JSON_SPACE}]*")
 _LONGEST_CUT_TOKEN = 16
 
 
-class RecordError(ValueError):
+class RecordError(UserError):
     """A data file or one of its records is not what was expected; says where, what and the remedy."""
 
 

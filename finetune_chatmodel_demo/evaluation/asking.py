@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_chatmodel_demo.evaluation.fact_checking import Verdict, check_reply
-from finetune_chatmodel_demo.evaluation.fields import normalize
+from finetune_chatmodel_demo.evaluation.facts import normalize
+from finetune_chatmodel_demo.evaluation.judge import Verdict, check_reply
 from finetune_chatmodel_demo.evaluation.questions import Dialogue, QuestionSet, Turn
 from finetune_chatmodel_demo.generation.batch import generate_replies
 from finetune_chatmodel_demo.generation.prompts import fit_prompt, prompt_budget

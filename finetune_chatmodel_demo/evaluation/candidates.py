@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from finetune_chatmodel_demo.generation.errors import UsageError
+from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.generation.folders import find_folder, holds_model, kind_of_checkpoint, newest_checkpoint
 from finetune_chatmodel_demo.generation.loading import ModelChoice, choose_model, load_choice
 
@@ -46,10 +46,10 @@ def choose_candidates(specs: Sequence[str], arguments: argparse.Namespace) -> li
         arguments: flags of `add_model_arguments`; `--model` is the base of every prefix and adapter.
 
     Raises:
-        UsageError: a folder holds nothing that can be asked, or a name is there twice.
+        UserError: a folder holds nothing that can be asked, or a name is there twice.
     """
     if specs and (arguments.pt_checkpoint or arguments.adapter):
-        raise UsageError("--compare and --pt-checkpoint or --adapter exclude each other; write --compare NAME=DIR")
+        raise UserError("--compare and --pt-checkpoint or --adapter exclude each other; write --compare NAME=DIR")
     if specs:
         candidates = [_choose(spec, arguments) for spec in specs]
     else:
@@ -60,7 +60,7 @@ def choose_candidates(specs: Sequence[str], arguments: argparse.Namespace) -> li
     names = [candidate.name for candidate in candidates]
     doubled = {name for name in names if names.count(name) > 1}
     if doubled:
-        raise UsageError(f"--compare: {min(doubled)} is there twice; name the candidates, NAME=DIR")
+        raise UserError(f"--compare: {min(doubled)} is there twice; name the candidates, NAME=DIR")
     return _settle_base(candidates, arguments)
 
 
@@ -72,7 +72,7 @@ def _choose(spec: str, arguments: argparse.Namespace) -> Candidate:
         name, path = Path(spec).name, spec
     folder = Path(find_folder(path))
     if not folder.is_dir():
-        raise UsageError(f"--compare {spec}: there is no folder {path}; write base, or NAME=DIR with a trained folder")
+        raise UserError(f"--compare {spec}: there is no folder {path}; write base, or NAME=DIR with a trained folder")
     flags = argparse.Namespace(**vars(arguments))
     kind = _kind_of(folder)
     if kind == PREFIX:
@@ -104,7 +104,7 @@ def _settle_base(candidates: list[Candidate], arguments: argparse.Namespace) -> 
         return candidates
     bases = list(dict.fromkeys(_resolve(candidate.choice.model) for candidate in tuned))
     if len(bases) > 1 and any(candidate.kind == BASE for candidate in candidates):
-        raise UsageError(f"--compare base: the others have different bases ({', '.join(bases)}); write base=DIR")
+        raise UserError(f"--compare base: the others have different bases ({', '.join(bases)}); write base=DIR")
     first = _without_tuning(tuned[0].choice)
     if arguments.format is None and any(candidate.choice.prompt_format != first.prompt_format for candidate in tuned):
         first = replace(first, prompt_format="multi-turn")

@@ -1,22 +1,203 @@
-"""Asks every candidate the same questions and puts the figures side by side.
+"""From judged replies to figures: shares by group, by column and by kind of turn; two candidates side by side.
 
-`compare_candidates` is what `evaluate.py --csv` runs; its result is the JSON that evaluate.py documents.
+The keys are documented in evaluate.py.
 """
 
 import itertools
+import math
+import random
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune_chatmodel_demo.evaluation.asking import Answer, ask_questions, choose_cap, constant_replies
 from finetune_chatmodel_demo.evaluation.candidates import Candidate, load_candidates
+from finetune_chatmodel_demo.evaluation.judge import OUTCOMES
 from finetune_chatmodel_demo.evaluation.probing import Probes, probe_model
 from finetune_chatmodel_demo.evaluation.questions import MULTI_TURN, UNANSWERABLE, QuestionSet
-from finetune_chatmodel_demo.evaluation.scoring import compare, score_groups, worst_examples
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 RIGHT_HISTORY = ", right history"
 HISTORY_CHOICES = ("own", "reference", "both")
+Z95 = 1.959964
+RESAMPLES = 2000
+EXAMPLES_KEPT = 20
+# The worst first: an endless reply says nothing, a false one misleads, an incomplete one is half right.
+BADNESS = {"wrong": 0, "missing": 1, "partial": 2}
+
+
+def as_frame(answers: Sequence[Answer]) -> "DataFrame":
+    """A row an answer.
+
+    Its columns are group, kind, column, outcome, reason, ended, verbatim, begins_right, and credit: 1 for an exact
+    reply, the overlap share for a partial one, else 0. A reason does not say whom or what a reply speaks of.
+    """
+    import pandas
+
+    return pandas.DataFrame(
+        {
+            "group": answer.turn.group,
+            "kind": answer.turn.kind,
+            "column": answer.turn.column or "(none)",
+            "outcome": answer.verdict.outcome,
+            "reason": _without_names(answer.verdict.reason),
+            "ended": answer.ended,
+            "verbatim": answer.is_verbatim,
+            "begins_right": answer.begins_right,
+            "credit": answer.verdict.overlap if answer.verdict.outcome in ("exact", "partial") else 0.0,
+        }
+        for answer in answers
+    )
+
+
+def _without_names(reason: str) -> str:
+    reason = re.sub("^speaks about .*", "speaks about another subject", reason)
+    return re.sub("^false about .*", "false about another column", reason)
+
+
+def score_groups(answers: Sequence[Answer]) -> dict[str, dict[str, Any]]:
+    """Group → its figures (SCORE in evaluate.py), in the order in which groups first come up."""
+    return {group: _score(rows) for group, rows in as_frame(answers).groupby("group", sort=False)}
+
+
+def _score(rows: "DataFrame") -> dict[str, Any]:
+    counts, reasons = _counts(rows), rows["reason"][rows["reason"] != ""]
+    return counts | {
+        "wilson95": list(wilson_interval(counts["exact"], len(rows))),
+        "overlap": float(rows["credit"].mean()),
+        "verbatim": float(rows["verbatim"].mean()),
+        "begins_right": float(rows["begins_right"].mean()),
+        "not_ended": int((~rows["ended"]).sum()),
+        "by_column": {name: _counts(part) for name, part in rows.groupby("column", sort=False)},
+        "by_kind": {name: _counts(part) for name, part in rows.groupby("kind", sort=False)},
+        "reasons": {reason: int(count) for reason, count in reasons.value_counts().items()},
+    }
+
+
+def _counts(rows: "DataFrame") -> dict[str, Any]:
+    counts = {outcome: int((rows["outcome"] == outcome).sum()) for outcome in OUTCOMES}
+    return {"asked": len(rows), **counts, "share": counts["exact"] / len(rows)}
+
+
+def worst_examples(answers: Sequence[Answer], count: int = EXAMPLES_KEPT) -> list[dict[str, Any]]:
+    """Replies that are not exact, the worst first, and of equally bad ones a column each in turn."""
+    seen: dict[tuple[str, str], int] = {}
+    ranked = []
+    for answer in answers:
+        if answer.verdict.outcome == "exact":
+            continue
+        key = (answer.turn.group, answer.turn.column or "")
+        seen[key] = seen.get(key, 0) + 1
+        badness = (answer.ended, BADNESS[answer.verdict.outcome], answer.verdict.overlap)
+        ranked.append(((seen[key], *badness), answer))
+    ranked.sort(key=lambda pair: pair[0])
+    return [describe_answer(answer) for _, answer in ranked[:count]]
+
+
+def describe_answer(answer: Answer) -> dict[str, Any]:
+    """One reply as a report shows it."""
+    return {
+        "group": answer.turn.group,
+        "kind": answer.turn.kind,
+        "column": answer.turn.column,
+        "subject": answer.turn.subject,
+        "question": answer.turn.text,
+        "expected": answer.turn.reference,
+        "got": answer.reply,
+        "ended": answer.ended,
+        "outcome": answer.verdict.outcome,
+        "reason": answer.verdict.reason,
+    }
+
+
+def compare(first: Sequence[Answer], second: Sequence[Answer]) -> dict[str, dict[str, Any]]:
+    """Two candidates on the same questions, group by group.
+
+    Returns:
+        group → {"difference" of the exact shares, second minus first; "bootstrap95" of it, over conversations;
+        "only_first", "only_second": questions that only one of them answered right; "mcnemar_p"}.
+    """
+    assert [a.turn for a in first] == [b.turn for b in second], "two candidates were asked different questions"
+    groups: dict[str, list[tuple[Answer, Answer]]] = {}
+    for a, b in zip(first, second):
+        groups.setdefault(a.turn.group, []).append((a, b))
+    return {group: _compare_group(pairs) for group, pairs in groups.items()}
+
+
+def _compare_group(pairs: Sequence[tuple[Answer, Answer]]) -> dict[str, Any]:
+    right = [(a.verdict.outcome == "exact", b.verdict.outcome == "exact") for a, b in pairs]
+    only_first = sum(a and not b for a, b in right)
+    only_second = sum(b and not a for a, b in right)
+    first, second = [float(a) for a, _ in right], [float(b) for _, b in right]
+    low, high = bootstrap_difference(first, second, [a.dialogue for a, _ in pairs])
+    return {
+        "difference": (only_second - only_first) / len(pairs),
+        "bootstrap95": [low, high],
+        "only_first": only_first,
+        "only_second": only_second,
+        "mcnemar_p": mcnemar_p(only_first, only_second),
+    }
+
+
+def wilson_interval(successes: int, trials: int, z: float = Z95) -> tuple[float, float]:
+    """95 % interval of a share (E. B. Wilson, 1927), which stays inside 0..1 and is not empty at 0 or 1.
+
+    Raises:
+        ValueError: there were no trials.
+    """
+    if trials < 1 or not 0 <= successes <= trials:
+        raise ValueError(f"{successes} successes in {trials} trials is no share")
+    share = successes / trials
+    scale = 1 + z * z / trials
+    middle = (share + z * z / (2 * trials)) / scale
+    half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials)) / scale
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def mcnemar_p(only_first: int, only_second: int) -> float:
+    """Two-sided exact p of McNemar's test: could both candidates be equally good?
+
+    Args:
+        only_first: questions that only the first candidate answered right.
+        only_second: those that only the second did. What both or neither did says nothing.
+    """
+    differing = only_first + only_second
+    if differing == 0:
+        return 1.0
+    fewer = min(only_first, only_second)
+    tail = sum(math.comb(differing, k) for k in range(fewer + 1)) / 2**differing
+    return min(1.0, 2 * tail)
+
+
+def bootstrap_difference(
+    first: Sequence[float], second: Sequence[float], clusters: Sequence[int], seed: int = 0
+) -> tuple[float, float]:
+    """95 % interval of mean(second) - mean(first), from resampled conversations (percentile bootstrap).
+
+    Args:
+        first, second: the two candidates' scores of the same questions, in the same order.
+        clusters: the conversation that each question is from: questions of one are drawn together, because an early
+            mistake spoils the later replies.
+    """
+    if not len(first) == len(second) == len(clusters) or not first:
+        raise ValueError(f"{len(first)}, {len(second)} and {len(clusters)} scores do not pair up")
+    sums: dict[int, list[float]] = {}
+    for a, b, cluster in zip(first, second, clusters):
+        total = sums.setdefault(cluster, [0.0, 0])
+        total[0] += b - a
+        total[1] += 1
+    pairs = list(sums.values())
+    draw = random.Random(seed)
+    means = []
+    for _ in range(RESAMPLES):
+        chosen = draw.choices(pairs, k=len(pairs))
+        means.append(sum(total for total, _ in chosen) / sum(count for _, count in chosen))
+    means.sort()
+    return means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES) - 1]
 
 
 @dataclass(frozen=True)

@@ -14,16 +14,13 @@ from typing import Any
 
 import torch
 
+from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.conversation.render import IGNORED_LABEL, render_conversation, render_prompt
-from finetune_chatmodel_demo.evaluation.fact_checking import BROKEN
+from finetune_chatmodel_demo.evaluation.judge import BROKEN
 from finetune_chatmodel_demo.generation.batch import BatchReply, generate_replies
 
 PROBES_FILE = Path(__file__).resolve().parent / "probes.json"
 LONGEST_REPLY = 128
-
-
-class ProbeError(ValueError):
-    """A probe file that cannot be used; says where and what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ def read_probes(path: str | Path = PROBES_FILE) -> Probes:
 
     Raises:
         OSError: it cannot be read.
-        ProbeError: it is no probe file.
+        UserError: it is no probe file.
     """
     path = Path(path)
     try:
@@ -51,12 +48,12 @@ def read_probes(path: str | Path = PROBES_FILE) -> Probes:
         forms = [task.get("form") for task in data["obedience"]]
         tasks = [(str(task["prompt"]), form and re.compile(form)) for task, form in zip(data["obedience"], forms)]
     except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
-        raise ProbeError(
+        raise UserError(
             f"{path} is no probe file ({type(error).__name__}: {error}); it needs the keys perplexity and obedience, "
             f"as {PROBES_FILE.name} beside probing.py has them"
         ) from None
     if not any(texts.values()) and not tasks:
-        raise ProbeError(f"{path} holds no probe")
+        raise UserError(f"{path} holds no probe")
     return Probes(texts, tasks)
 
 

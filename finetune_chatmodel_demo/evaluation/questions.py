@@ -8,19 +8,18 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from finetune_chatmodel_demo.evaluation.facts import FactTable
+from finetune_chatmodel_demo.common.errors import UserError
+from finetune_chatmodel_demo.common.files import write_whole
+from finetune_chatmodel_demo.conversation.records import read_records
+from finetune_chatmodel_demo.evaluation.facts import FactTable, normalize
 
 FORMAT = "chatglm3-questions-1"
 TRAINED, UNSEEN = "trained phrasings", "unseen phrasings"
 MULTI_TURN, UNANSWERABLE = "multi-turn", "unanswerable"
 HELD_OUT_TRAINED, HELD_OUT_UNSEEN = "held out, trained phrasings", "held out, unseen phrasings"
 GROUPS = (TRAINED, UNSEEN, MULTI_TURN, UNANSWERABLE, HELD_OUT_TRAINED, HELD_OUT_UNSEEN)
-
-
-class QuestionFileError(ValueError):
-    """A question file that cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def write_questions(questions: QuestionSet, path: Path) -> None:
             for dialogue in questions.dialogues
         ],
     }
-    path.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(data, ensure_ascii=False, indent=1) + "\n")
 
 
 def is_question_file(path: Path) -> bool:
@@ -102,7 +101,7 @@ def read_question_file(path: str | Path) -> QuestionSet:
 
     Raises:
         FileNotFoundError: there is no such file.
-        QuestionFileError: it is something else.
+        UserError: it is something else.
     """
     path = Path(path)
     if not path.is_file():
@@ -112,7 +111,7 @@ def read_question_file(path: str | Path) -> QuestionSet:
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"))
         if data.get("format") != FORMAT:
-            raise QuestionFileError(
+            raise UserError(
                 f"{path}: expected a question file (format {FORMAT}), got format {data.get('format')!r}; make one with "
                 "data_processing/question_builder.py, or use --data for a file of conversations"
             )
@@ -121,8 +120,52 @@ def read_question_file(path: str | Path) -> QuestionSet:
         )
         return QuestionSet(FactTable.from_json(data["facts"]), dialogues, data["notes"])
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise QuestionFileError(f"{path} is no question file ({type(error).__name__}: {error})") from None
+        raise UserError(f"{path} is no question file ({type(error).__name__}: {error})") from None
 
 
 def _read_turn(data: dict[str, Any]) -> Turn:
     return Turn(**{**data, "wordings": tuple(data["wordings"])})
+
+
+class Overlap(NamedTuple):
+    """Of the `asked` questions of a group, how many stand in the training file to the letter."""
+
+    found: int
+    asked: int
+
+
+def check_training_file(questions: QuestionSet, path: str | Path) -> dict[str, Overlap]:
+    """Compare the questions with a file of training conversations.
+
+    Returns:
+        group → how many of its questions are user messages of the file.
+
+    Raises:
+        UserError: a conversation opens with a question about a held-out subject, or an unseen wording is trained on.
+        RecordError: the file cannot be read.
+    """
+    held_out = set(questions.notes.get("held_out", ()))
+    said, leaks = set(), []
+    for record in read_records(path):
+        users = [message["content"] for message in record["conversations"] if message["role"] == "user"]
+        said.update(map(normalize, users))
+        named = {
+            s for token in questions.table.lexicon.find(normalize(users[0] if users else "")) for s in token.subjects
+        }
+        if named and named <= held_out:
+            leaks.append(users[0])
+    if leaks:
+        raise UserError(
+            f"{path}: {len(leaks)} conversations are about subjects that are said to be held out, e.g. {leaks[0]!r}; "
+            "make it with data_processing.py and the same --hold_out"
+        )
+    groups: dict[str, list[bool]] = {}
+    for turn in questions.turns:
+        groups.setdefault(turn.group, []).append(normalize(turn.text) in said)
+    overlaps = {group: Overlap(sum(found), len(found)) for group, found in groups.items()}
+    for group in (UNSEEN, HELD_OUT_UNSEEN, HELD_OUT_TRAINED):
+        if group in overlaps and overlaps[group].found:
+            raise UserError(
+                f"{path}: {overlaps[group].found} questions of the group {group!r} are trained on to the letter"
+            )
+    return overlaps

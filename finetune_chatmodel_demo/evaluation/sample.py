@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.evaluation.asking import ask_questions, choose_cap
-from finetune_chatmodel_demo.evaluation.exact_match import (
+from finetune_chatmodel_demo.evaluation.comparison import as_frame
+from finetune_chatmodel_demo.evaluation.exact import (
     Question,
     longest_reply_needed,
     read_questions,
@@ -31,7 +33,6 @@ from finetune_chatmodel_demo.evaluation.questions import (
     is_question_file,
     read_question_file,
 )
-from finetune_chatmodel_demo.evaluation.scoring import count_outcomes, credit
 
 DEFAULT_GROUPS = (TRAINED, UNSEEN)
 
@@ -65,22 +66,20 @@ class TrainingEvaluator:
             if isinstance(self.questions, QuestionSet):
                 return self._ask_facts(model)
             score = score_questions(model, self.tokenizer, self.questions, **self._options())
-        return {"exact": score.exact / score.asked, "asked": score.asked, "not_ended": score.hit_cap / score.asked}
+        asked = score["asked"]
+        return {"exact": score["share"], "asked": asked, "not_ended": score["hit_cap"] / asked}
 
     def _ask_facts(self, model: nn.Module) -> dict[str, float]:
-        answers = ask_questions(model, self.tokenizer, self.questions, **self._options())
-        asked, counts = len(answers), count_outcomes(answers)
-        shares = {outcome: counts[outcome] / asked for outcome in ("exact", "wrong", "missing")}
-        figures = {
-            **shares,
-            "asked": asked,
-            "overlap": sum(map(credit, answers)) / asked,
-            "not_ended": sum(not answer.ended for answer in answers) / asked,
+        frame = as_frame(ask_questions(model, self.tokenizer, self.questions, **self._options()))
+        shares = {outcome: float((frame["outcome"] == outcome).mean()) for outcome in ("exact", "wrong", "missing")}
+        figures = shares | {
+            "asked": len(frame),
+            "overlap": float(frame["credit"].mean()),
+            "not_ended": 1 - float(frame["ended"].mean()),
         }
-        groups = dict.fromkeys(answer.turn.group for answer in answers)
-        for group in groups if len(groups) > 1 else ():
-            found = [answer.verdict.outcome == "exact" for answer in answers if answer.turn.group == group]
-            figures[f"exact {group}"] = sum(found) / len(found)
+        by_group = (frame["outcome"] == "exact").groupby(frame["group"], sort=False).mean()
+        if len(by_group) > 1:
+            figures |= {f"exact {group}": float(share) for group, share in by_group.items()}
         return figures
 
     def _options(self) -> dict[str, Any]:
@@ -113,10 +112,10 @@ def build_training_evaluator(
         max_new_tokens: longest reply; default: what the references need.
 
     Raises:
-        OSError, ValueError: the file cannot be used, or has no such questions.
+        OSError, UserError: the file cannot be used, or has no such questions.
     """
     if count < 1:
-        raise ValueError(f"the number of questions is {count}; it must be at least 1")
+        raise UserError(f"the number of questions is {count}; it must be at least 1")
     if isinstance(source, QuestionSet) or is_question_file(Path(source)):
         found = source if isinstance(source, QuestionSet) else read_question_file(source)
         questions: Any = _choose_dialogues(found, groups, count, seed)
@@ -132,7 +131,7 @@ def _choose_dialogues(questions: QuestionSet, groups: Sequence[str] | None, coun
     there = {turn.group for turn in questions.turns}
     wanted = groups or [group for group in DEFAULT_GROUPS if group in there] or sorted(there)
     if missing := [group for group in wanted if group not in there]:
-        raise ValueError(
+        raise UserError(
             f"there are no questions of the group {missing[0]!r}; the groups are {', '.join(sorted(there))}"
         )
     draw = random.Random(seed)

@@ -4,12 +4,14 @@ import os
 import sys
 from collections.abc import Callable
 
+from finetune_chatmodel_demo.common.errors import UserError
+
 EXIT_USAGE = 2
 EXIT_BROKEN_PIPE = 1
 EXIT_INTERRUPTED = 130
 
 
-class UsageError(ValueError):
+class UsageError(UserError):
     """The flags name something that cannot be used; the message says what to do."""
 
 

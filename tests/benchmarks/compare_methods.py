@@ -105,12 +105,12 @@ def train(recipe: Recipe, data: Path, output: Path) -> dict[str, Any]:
 
 def ask(folders: dict[str, Path], data: Path, count: int, probed: bool) -> dict[str, Any]:
     """The figures of base and all trained folders, on the same questions."""
-    from data_processing.question_builder import BuildOptions, read_and_build
     from finetune_chatmodel_demo import evaluate
     from finetune_chatmodel_demo.evaluation.candidates import choose_candidates
     from finetune_chatmodel_demo.evaluation.comparison import AskOptions, compare_candidates
     from finetune_chatmodel_demo.evaluation.probing import read_probes
-    from finetune_chatmodel_demo.evaluation.training_data import check_training_file
+    from finetune_chatmodel_demo.evaluation.question_building import BuildOptions, read_and_build
+    from finetune_chatmodel_demo.evaluation.questions import check_training_file
 
     questions = read_and_build(CSV, TEMPLATE, BuildOptions(count, DATA_SEED, HOLD_OUT))
     overlaps = check_training_file(questions, data)
@@ -179,7 +179,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     } | result
     publish(report, options.output)
     if options.output is not None:
-        from finetune_chatmodel_demo.evaluation.report_text import to_markdown
+        from finetune_chatmodel_demo.evaluation.comparison_report import to_markdown
 
         options.output.with_suffix(".md").write_text(to_markdown(report), encoding="utf-8")
     return report

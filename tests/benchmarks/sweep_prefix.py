@@ -208,14 +208,14 @@ def start_text(init: str, train_file: Path) -> str | None:
 def ask(prefix: Path, files: dict[str, Path], count: int) -> dict[str, int]:
     """Exact answers to `count` questions of each file."""
     from finetune_chatmodel_demo.chatglm3 import load_model, load_tokenizer
-    from finetune_chatmodel_demo.evaluation.exact_match import read_questions, score_questions
+    from finetune_chatmodel_demo.evaluation.exact import read_questions, score_questions
 
     model, tokenizer = load_model(MODEL, pt_checkpoint=prefix, device="cpu"), load_tokenizer(MODEL)
     options = {"prompt_format": "multi-turn", "max_new_tokens": LONGEST_REPLY, "batch_size": 100}
     exact = {}
     for name, path in files.items():
         questions, _ = read_questions(path, count, DATA_SEED)
-        exact[name] = score_questions(model, tokenizer, questions, **options).exact
+        exact[name] = score_questions(model, tokenizer, questions, **options)["exact"]
     return exact
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from finetune_chatmodel_demo.evaluation.statistics import wilson_interval
+from finetune_chatmodel_demo.evaluation.comparison import wilson_interval
 
 # Group of the plan → what its rows differ in.
 VARIED = {

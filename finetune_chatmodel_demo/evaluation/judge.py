@@ -10,10 +10,8 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from finetune_chatmodel_demo.evaluation.facts import FactTable
-from finetune_chatmodel_demo.evaluation.fields import NO, UNITS, YES, Field, normalize
-from finetune_chatmodel_demo.evaluation.numbers import Number, convert
-from finetune_chatmodel_demo.evaluation.reading import CLAUSE_BREAK, NEGATION, Reading, read_reply
+from finetune_chatmodel_demo.evaluation.facts import NO, UNITS, YES, FactTable, Field, normalize
+from finetune_chatmodel_demo.evaluation.reading import CLAUSE_BREAK, NEGATION, Number, Reading, convert, read_reply
 
 OUTCOMES = ("exact", "partial", "wrong", "missing")
 IGNORANCE = re.compile(

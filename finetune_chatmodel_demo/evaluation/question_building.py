@@ -1,20 +1,143 @@
-"""Conversations in an order that the training data do not have, with a checkable answer at every turn.
+"""Questions out of a CSV and a template: `evaluate.py --csv` or `python data_processing/question_builder.py`.
 
-Training conversations are about one row each and have at most `turns[1]` questions, in the wordings of `train`. These
-are longer, change the subject in the middle, leave words out, or ask what the table cannot answer.
-Exercised by `python data_processing/question_builder.py`.
+Never from the training text: every question is a wording of the template, filled from a row, and its right answer is
+the row's cell. Four ways to ask: wordings that training shows (`train`), wordings that it does not (`validation`),
+conversations in an order that it does not have (pronouns that refer back, a second subject in the middle, a question
+that the table cannot answer), and rows that were held out of it.
 """
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
+from data_processing.common import DataError
 from data_processing.conversation_builder import say
 from data_processing.conversation_template import Phrase, Template, normal_form
-from data_processing.single_questions import Askable, QuestionPool
-from finetune_chatmodel_demo.evaluation.facts import FactTable
-from finetune_chatmodel_demo.evaluation.fields import normalize
-from finetune_chatmodel_demo.evaluation.questions import MULTI_TURN, UNANSWERABLE, Dialogue, Turn
+from data_processing.csv_rows import CsvRows
+from data_processing.holding_out import check_share
+from data_processing.template_reader import load_template
+from finetune_chatmodel_demo.evaluation.facts import FactTable, normalize
+from finetune_chatmodel_demo.evaluation.question_pool import Askable, QuestionPool, build_fact_table
+from finetune_chatmodel_demo.evaluation.questions import (
+    GROUPS,
+    HELD_OUT_TRAINED,
+    HELD_OUT_UNSEEN,
+    MULTI_TURN,
+    TRAINED,
+    UNANSWERABLE,
+    UNSEEN,
+    Dialogue,
+    QuestionSet,
+    Turn,
+)
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What to ask, and how much.
+
+    Attributes:
+        count: questions of every group (dialogues have several, and are made until their questions are as many).
+        seed: of the choice.
+        hold_out: share of the rows that the fine-tuning data do not have; 0: none, and no groups of held-out rows.
+        groups: which of `questions.GROUPS`; None: all that there is something for.
+    """
+
+    count: int = 300
+    seed: int = 0
+    hold_out: float = 0.0
+    groups: tuple[str, ...] | None = None
+
+
+def build_questions(template: "Template", rows: Sequence[dict[str, str]], options: BuildOptions) -> "QuestionSet":
+    """Build the question set of a CSV.
+
+    Args:
+        template: a template whose columns have been checked.
+        rows: all rows of the CSV.
+
+    Raises:
+        DataError: nothing can be asked, or a group is unknown.
+    """
+    from finetune_chatmodel_demo.evaluation.question_building import DialogueBuilder
+    from finetune_chatmodel_demo.evaluation.question_pool import QuestionPool
+    from finetune_chatmodel_demo.evaluation.questions import (
+        MULTI_TURN,
+        UNANSWERABLE,
+        QuestionSet,
+    )
+
+    check_share(options.hold_out)
+    if options.count < 1:
+        raise DataError(f"the number of questions is {options.count}; expected 1 or more")
+    groups = GROUPS if options.groups is None else options.groups
+    if unknown := set(groups) - set(GROUPS):
+        raise DataError(f"unknown group of questions {min(unknown)!r}; use {', '.join(GROUPS)}")
+    table = build_fact_table(template, rows)
+    pool = QuestionPool(template, table, rows, options.hold_out)
+    dialogues = []
+    for group, split, held_out in (
+        (TRAINED, "train", False),
+        (UNSEEN, "validation", False),
+        (HELD_OUT_TRAINED, "train", True),
+        (HELD_OUT_UNSEEN, "validation", True),
+    ):
+        if group in groups:
+            dialogues += pool.sample(group, split, held_out, options.count, random.Random(f"{options.seed}|{group}"))
+    if {MULTI_TURN, UNANSWERABLE} & set(groups):
+        builder = DialogueBuilder(template, table, pool, random.Random(f"{options.seed}|{MULTI_TURN}"))
+        dialogues += builder.build(options.count)
+    if not dialogues:
+        raise DataError(f"{template.path}: no question of the template can be asked and checked; {pool.report()}")
+    notes = {
+        "template": str(template.path),
+        "seed": options.seed,
+        "hold_out": options.hold_out,
+        "held_out": sorted(pool.held_out),
+        "left_out": dict(pool.left_out),
+        "fields": {name: f"{field.kind} {field.unit}".strip() for name, field in table.fields.items()},
+    }
+    return QuestionSet(table, tuple(dialogues), notes)
+
+
+def read_and_build(
+    csv_path: Path, template_path: Path, options: BuildOptions, on_bad_record: str = "error"
+) -> "QuestionSet":
+    """`build_questions` from files.
+
+    Raises:
+        DataError: anything wrong with the CSV, the template or the options.
+    """
+
+    template = load_template(template_path)
+    reader = CsvRows(csv_path, on_bad_record)
+    template.check_columns(reader.columns, reader.path)
+    return build_questions(template, list(reader), options)
+
+
+def describe(questions: "QuestionSet") -> Iterator[str]:
+    """Lines for the terminal: what is asked, what was held and left out."""
+    counts = Counter(turn.group for turn in questions.turns)
+    yield "questions: " + ", ".join(f"{group} {count}" for group, count in counts.items())
+    if questions.notes.get("held_out"):
+        yield f"held out: {len(questions.notes['held_out'])} subjects"
+    for reason, count in questions.notes.get("left_out", {}).items():
+        yield f"left out: {reason}: {count}"
+
+
+def describe_fields(questions: "QuestionSet") -> Iterator[str]:
+    """What every column was taken for."""
+    for field in questions.table.fields.values():
+        details = {
+            "number": f", unit {field.unit or 'none'}",
+            "list": f", separated by {field.separator}, {len(field.vocabulary)} different items",
+            "text": f", {len(field.vocabulary)} different texts",
+        }.get(field.kind, "")
+        yield f"{field.column}: {field.kind}{details}; called {'、'.join(field.labels)}"
+
 
 # What no table here has, with the word that a column of that content would have in its name.
 UNANSWERABLE_QUESTIONS = {
