@@ -105,10 +105,10 @@ def test_folders_are_whole_or_as_before(tmp_path: Path):
 def test_tables_line_up_with_chinese_in_them():
     rows = [{"名称": "皮卡丘", "n": 3, "share": "97.0%"}, {"名称": "a", "n": 12, "share": "1%"}]
     assert format_table(rows).splitlines() == [
-        "名称      n  share",
-        "------  ---  -------",
-        "皮卡丘    3  97.0%",
-        "a        12  1%",
+        "名称     n  share",
+        "------  --  -----",
+        "皮卡丘   3  97.0%",
+        "a       12  1%",
     ]
     assert "皮\\|卡" in format_table([{"x": "皮|卡"}], "github")
 

@@ -16,10 +16,10 @@ from training_helpers import flags, read_log, train, write_conversations
 
 from finetune_chatmodel_demo.chatglm3 import load_model
 from finetune_chatmodel_demo.common.errors import UserError
+from finetune_chatmodel_demo.conversation import build_dataset
 from finetune_chatmodel_demo.conversation.data_arguments import DataArguments
 from finetune_chatmodel_demo.conversation.records import read_records
 from finetune_chatmodel_demo.conversation.render import render_prompt
-from finetune_chatmodel_demo.conversation.rows import build_dataset
 from finetune_chatmodel_demo.generation.batch import generate_batch
 from finetune_chatmodel_demo.training import prediction
 from finetune_chatmodel_demo.training.arguments import GenerationArguments

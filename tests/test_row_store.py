@@ -4,12 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from conftest import REPOSITORY
 from conversation_helpers import assistant, conversation, user, write_jsonl
 
-from finetune_chatmodel_demo.conversation import row_store, rows
+from finetune_chatmodel_demo.conversation import tokenizing
 from finetune_chatmodel_demo.conversation.data_arguments import DataArguments
 from finetune_chatmodel_demo.conversation.records import read_records
 from finetune_chatmodel_demo.conversation.render import RowSettings
@@ -28,14 +27,19 @@ def data(tmp_path):
 @pytest.fixture
 def renderings(monkeypatch):
     """Counts the passes that render."""
-    passes, original = [], rows.render_chunks
+    passes, original = [], tokenizing.render_batches
 
-    def render_chunks(*args):
+    def render_batches(*args):
         passes.append(1)
         return original(*args)
 
-    monkeypatch.setattr(rows, "render_chunks", render_chunks)
+    monkeypatch.setattr(tokenizing, "render_batches", render_batches)
     return passes
+
+
+def kept_folders(cache: Path) -> list[Path]:
+    """The rows in a cache; beside them are locks."""
+    return [path for path in cache.iterdir() if path.is_dir()]
 
 
 def build(data, tokenizer, cache, **options):
@@ -50,7 +54,7 @@ def test_rows_are_tokenized_once(data, tmp_path, tokenizer, renderings, caplog):
     first = build(data, tokenizer, tmp_path / "cache")
     second = build(data, tokenizer, tmp_path / "cache")
     assert len(renderings) == 2
-    (folder,) = (tmp_path / "cache").iterdir()
+    (folder,) = kept_folders(tmp_path / "cache")
     assert caplog.messages == [
         f"the rows of {data} are kept in {folder} for later runs",
         f"{data} was tokenized before: its rows are read from {folder}",
@@ -59,7 +63,7 @@ def test_rows_are_tokenized_once(data, tmp_path, tokenizer, renderings, caplog):
         assert [kept.train[i] for i in range(3)] == [plain.train[i] for i in range(3)]
         assert (kept.train.lengths, kept.table) == (plain.train.lengths, plain.table)
         assert kept.train.where(2) == plain.train.where(2) == f"{data} line 3"
-    assert isinstance(second.train._input_ids, np.memmap)
+    assert second.train._table.cache_files[0]["filename"] == str(folder / "rows.arrow"), "mapped, not read"
 
 
 def test_whatever_rows_follow_from_makes_new_ones(data, tmp_path, tokenizer, renderings, monkeypatch):
@@ -70,10 +74,10 @@ def test_whatever_rows_follow_from_makes_new_ones(data, tmp_path, tokenizer, ren
     build(data, tokenizer, cache, template="raw")
     write(data, ["草属性。"])
     build(data, tokenizer, cache)
-    monkeypatch.setattr(row_store, "_hash_code", lambda: "a later version")
+    monkeypatch.setattr(tokenizing, "hash_program", lambda folder: "a later version")
     build(data, tokenizer, cache)
     assert len(renderings) == 6
-    assert len(list(cache.iterdir())) == 6
+    assert len(kept_folders(cache)) == 6
 
 
 def test_skipped_records_are_still_told(data, tmp_path, tokenizer, renderings):
@@ -90,50 +94,52 @@ def test_a_broken_run_leaves_nothing(data, tmp_path, tokenizer):
         file.write('{"conversations": []}\n')
     with pytest.raises(ValueError, match="'conversations' is empty"):
         build(data, tokenizer, tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert kept_folders(tmp_path / "cache") == []
 
 
 def test_small_files_are_not_kept_by_default(data, tmp_path, tokenizer, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     settings = RowSettings("multi-turn", 64, 64, 64, "turns")
     records = read_records(data)
-    assert row_store.find_cache_folder(None, records, tokenizer, settings) is None
-    monkeypatch.setattr(row_store, "SMALLEST_CACHED_FILE", 10)
-    folder = row_store.find_cache_folder(None, records, tokenizer, settings)
+    assert tokenizing.find_cache_folder(None, records, tokenizer, settings) is None
+    monkeypatch.setattr(tokenizing, "SMALLEST_CACHED_FILE", 10)
+    folder = tokenizing.find_cache_folder(None, records, tokenizer, settings)
     assert folder.parent == tmp_path / "chatglm3-finetuning" / "rows"
 
 
 GROWTH = """
 import sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
 from pathlib import Path
 import numpy as np
-from finetune_chatmodel_demo.conversation import row_store
-from finetune_chatmodel_demo.conversation.tokenizing import DatasetReport, RenderedChunk
+from conversation_helpers import TOKENIZER, assistant, conversation, user
+from finetune_chatmodel_demo.conversation import records, render, tokenizing
 
-class Records:
-    path, bad_count, bad_messages = "x.jsonl", 0, []
-
-def chunks(count):
-    for _ in range(count):
-        ids = np.ones(256 * 100, dtype=np.int32)
-        report = DatasetReport("", rows_read=256, rows_kept=256)
-        yield RenderedChunk(ids, ids > 0, np.full(256, 100), np.ones((256, 2), dtype=np.int64), report)
+class Made(records.RecordSource):
+    limit = None
+    def __init__(self, count): self.path, self.count, self.bad_count, self.bad_messages = "x.jsonl", count, 0, []
+    def iterate_located(self):
+        one = records.Located(1, 1, conversation(user("q"), assistant("a" * 500)))
+        return (one for _ in range(self.count))
 
 def own_memory():
     text = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) for line in text.splitlines() if line.startswith("RssAnon"))
 
-before = own_memory()
-store = row_store.keep_in_files(Records(), chunks(1000), Path(sys.argv[2]))
-assert len(store.origins) == 256_000 and store.input_ids[-1] == 1
-print(own_memory() - before)
+settings = render.RowSettings("multi-turn", 600, 9, 9, "turns")
+folder, after = Path(sys.argv[2]), []
+tokenizing.find_cache_folder = lambda option, records, *rest: folder / str(records.count)
+for count in (10, 1_000, 20_000):
+    rows = tokenizing.build_rows(Made(count), TOKENIZER, settings, show_progress=False)
+    assert len(rows) == count and len(rows[count - 1]["input_ids"]) > 500
+    after.append(own_memory())
+print(after[2] - after[1])
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc, to tell own memory from mapped files")
 def test_memory_does_not_grow_with_the_rows(tmp_path):
-    """256,000 rows of 100 tokens are 128 MB."""
+    """20,000 rows of 500 tokens are 43 MB."""
     command = [sys.executable, "-c", GROWTH, str(REPOSITORY), str(tmp_path / "rows")]
     finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from conversation_helpers import TOKENIZER, assistant, conversation, pair, user, write_jsonl
 
-from finetune_chatmodel_demo.conversation import DataArguments, RecordError, read_records
+from finetune_chatmodel_demo.common.errors import UserError
+from finetune_chatmodel_demo.conversation import DataArguments, read_records
 from finetune_chatmodel_demo.conversation.mixing import mix_order
 from finetune_chatmodel_demo.conversation.render import RowSettings
-from finetune_chatmodel_demo.conversation.stage_data import NamedSource, build_stage_data
+from finetune_chatmodel_demo.conversation.stage_data import build_stage_data
 from finetune_chatmodel_demo.conversation.streaming import StreamedRows, mix_streams, shuffle_in_buffer
 
 STAGES = ("pt", "sft", "rm", "dpo", "ppo")
@@ -32,7 +33,7 @@ def write_registry(folder, stage: str, sizes: dict[str, int]):
     """Data sets of canonical records as files, and the sources that would be opened for them."""
     kind = {"pt": "text", "rm": "preference", "dpo": "preference"}.get(stage, "multi-turn")
     return [
-        NamedSource(name, read_records(write_jsonl(folder / f"{name}.jsonl", records_of(stage, size, name)), kind))
+        read_records(write_jsonl(folder / f"{name}.jsonl", records_of(stage, size, name)), kind)
         for name, size in sizes.items()
     ]
 
@@ -111,7 +112,7 @@ class CountingSource:
 
 def test_no_more_is_read_than_the_buffer_holds():
     source = CountingSource(1_000_000)
-    rows = StreamedRows([NamedSource("x", source)], TOKENIZER, settings_for("sft", 512), buffer_size=100)
+    rows = StreamedRows([source], TOKENIZER, settings_for("sft", 512), buffer_size=100)
     iterator = iter(rows)
     assert source.read == 0
     drawn = [next(iterator) for _ in range(10)]
@@ -123,9 +124,7 @@ def test_memory_does_not_grow_with_the_data():
     import tracemalloc
 
     def peak(count: int) -> int:
-        rows = StreamedRows(
-            [NamedSource("x", CountingSource(count))], TOKENIZER, settings_for("sft", 512), buffer_size=50
-        )
+        rows = StreamedRows([CountingSource(count)], TOKENIZER, settings_for("sft", 512), buffer_size=50)
         tracemalloc.start()
         assert sum(1 for _ in rows) == count
         result = tracemalloc.get_traced_memory()[1]
@@ -145,8 +144,10 @@ def test_streams_are_mixed_like_data_in_memory(strategy, probabilities, sizes):
     if strategy == "concat" and probabilities:
         pytest.skip("concat has no probabilities")
     openers = [lambda size=size: iter(range(size)) for size in sizes]
-    mixed = [list(pair) for pair in mix_streams(openers, strategy, probabilities, seed=7)]
-    assert mixed == mix_order(sizes, strategy, probabilities, 7).tolist()
+    starts = np.cumsum([0, *sizes])
+    mixed = [starts[number] + item for number, item in mix_streams(openers, strategy, probabilities, seed=7)]
+    parts = np.split(np.arange(sum(sizes)), starts[1:-1])
+    assert mixed == mix_order(parts, strategy, probabilities, 7).tolist()
 
 
 @pytest.mark.parametrize("stage", ["sft", "pt"])
@@ -155,16 +156,16 @@ def test_mixed_streams_give_the_rows_of_mixed_data(tmp_path, stage):
     rows = StreamedRows(
         sources, TOKENIZER, settings_for(stage, 20), strategy="interleave_over", probabilities=[0.7, 0.3], seed=3
     )
-    order = mix_order([9, 5], "interleave_over", [0.7, 0.3], 3)
-    files = [records_of(stage, 9, "甲"), records_of(stage, 5, "乙")]
-    path = str(write_jsonl(tmp_path / "mixed.jsonl", [files[number][row] for number, row in order.tolist()]))
+    order = mix_order([np.arange(9), np.arange(9, 14)], "interleave_over", [0.7, 0.3], 3)
+    records = [*records_of(stage, 9, "甲"), *records_of(stage, 5, "乙")]
+    path = str(write_jsonl(tmp_path / "mixed.jsonl", [records[row] for row in order]))
     in_memory = build_stage_data(DataArguments(train_file=path, max_seq_length=20), stage, TOKENIZER, 0).train
     assert list(rows) == [in_memory[row] for row in range(len(in_memory))]
-    assert [report.rows_read for report in rows.reports] == np.bincount(order[:, 0]).tolist()
+    assert [report.rows_read for report in rows.reports] == [sum(order < 9), sum(order >= 9)]
 
 
 def test_a_stream_without_records_cannot_be_interleaved():
-    with pytest.raises(RecordError, match="data set 2 has no record left to mix; use --mix_strategy concat"):
+    with pytest.raises(UserError, match="data set 2 has no record left to mix; use --mix_strategy concat"):
         list(mix_streams([lambda: iter([1]), lambda: iter([])], "interleave_under", None, 0))
 
 
@@ -212,7 +213,7 @@ def test_the_first_rows_are_held_out(tmp_path):
     assert "validation: 4 rows" in built.table
     with pytest.raises(ValueError, match=r"--val_size 0\.1 is a share, and --streaming does not know"):
         build_stage_data(DataArguments(train_file=path, streaming=True, val_size=0.1), "sft", TOKENIZER, 0)
-    with pytest.raises(RecordError, match=r"--val_size would hold out 20 rows of x\.jsonl, which leaves nothing"):
+    with pytest.raises(UserError, match=r"--val_size would hold out 20 rows of x\.jsonl, which leaves nothing"):
         build_stage_data(DataArguments(train_file=path, streaming=True, val_size=20), "sft", TOKENIZER, 0)
 
 

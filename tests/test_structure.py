@@ -42,7 +42,6 @@ TOP_LEVEL = {
     "tests",
 }
 CIRCLES_LEFT = [
-    {"stage_data", "streaming"},
     {"attention", "packing"},
 ]
 LARGEST_FILE = 10 * 2**20

@@ -23,14 +23,14 @@ from finetune_chatmodel_demo.conversation.render import (
     render_prompt,
     truncate,
 )
-from finetune_chatmodel_demo.conversation.rows import ConversationDataset, DatasetReport, build_dataset
+from finetune_chatmodel_demo.conversation.rows import DatasetReport, Rows
 from finetune_chatmodel_demo.conversation.stage_data import StageData, build_stage_data
+from finetune_chatmodel_demo.conversation.tokenizing import build_dataset
 
 __all__ = [
     "IGNORED_LABEL",
     "PROMPT_FORMATS",
     "TEMPLATES",
-    "ConversationDataset",
     "DataArguments",
     "DatasetReport",
     "PadCollator",
@@ -38,6 +38,7 @@ __all__ = [
     "RecordFile",
     "RecordSource",
     "Rendering",
+    "Rows",
     "StageData",
     "build_dataset",
     "build_stage_data",

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from finetune_chatmodel_demo.conversation.render import IGNORED_LABEL, ChatTokenizer
-from finetune_chatmodel_demo.conversation.tokenizing import DatasetReport
+from finetune_chatmodel_demo.conversation.rows import DatasetReport
 
 # Rows among which groups are formed: 7,000 rows of 60 to 322 tokens then fill 99.3% of 2,048 (98.9% in pools of 1,000).
 POOL_ROWS = 10_000
@@ -109,7 +109,7 @@ class PackedDataset:
     def __init__(self, documents: Any, tokenizer: ChatTokenizer, max_seq_length: int):
         """
         Args:
-            documents: A `DocumentDataset`, or a `RowView` of such.
+            documents: `Rows` of pt.
             tokenizer: See `ChatTokenizer`.
             max_seq_length: Ids of a block, with the two that start it.
 

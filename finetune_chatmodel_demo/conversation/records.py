@@ -5,7 +5,9 @@ Four kinds: `multi-turn`, `{"tools": [...]?, "conversations": [{"role", "content
 `"rejected"`; `text`, `{"text"}`. Other keys are ignored. Look at a file with `inspect_data.py`.
 """
 
+import copy
 import difflib
+import itertools
 import json
 import logging
 from collections.abc import Iterator
@@ -93,7 +95,10 @@ class RecordSource(SkipsBadRecords):
     Attributes:
         path: The file, or the name of what is no file.
         kind: What the records are.
+        limit: How many good records are read at most; None: all.
     """
+
+    limit: int | None = None
 
     def __init__(self, path: Path, kind: str, on_bad_record: str):
         self.path, self.kind, self.on_bad_record = path, kind, on_bad_record
@@ -104,8 +109,17 @@ class RecordSource(SkipsBadRecords):
         for located in self.iterate_located():
             yield located.value
 
+    def first(self, count: int) -> "RecordSource":
+        """The same source up to its `count`-th good record; what comes after that is not read."""
+        limited = copy.copy(self)
+        limited.limit = count if self.limit is None else min(count, self.limit)
+        return limited
+
     def iterate_located(self) -> Iterator[Located]:
         """Like iterating, with the number and the line of each record."""
+        return itertools.islice(self._iterate(), self.limit)
+
+    def _iterate(self) -> Iterator[Located]:
         self.forget_bad()
         good_count = 0
         for located in self._read():

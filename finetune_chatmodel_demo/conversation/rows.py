@@ -1,280 +1,207 @@
-"""Rows of token ids, kept compactly: about five bytes a token, so that a million rows fit into memory.
+"""Rows of token ids: an Arrow table for each data set, in memory or mapped from a file, however many rows there are.
 
-Each stage has its kind of row: `ConversationDataset` for sft, `DocumentDataset` for pt (`packing` cuts blocks out of
-it), `PairDataset` for rm and dpo, `PromptDataset` for ppo. `stage_data` builds what a run needs; `build_dataset` reads
-one sft file. Look at the rows with `inspect_data.py`.
+`tokenizing` builds the tables, `stage_data` joins, splits and mixes them; no row is copied for that. Each stage has its
+kind of item, see `make_item`. Look at rows with `inspect_data.py`.
 """
 
-import logging
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from finetune_chatmodel_demo.conversation.records import RecordError, RecordSource, read_records
-from finetune_chatmodel_demo.conversation.render import (
-    IGNORED_LABEL,
-    PARTS,
-    ChatTokenizer,
-    RowSettings,
-    TruncationStrategy,
-)
-from finetune_chatmodel_demo.conversation.row_store import (
-    REPORT,
-    RowStore,
-    find_cache_folder,
-    keep_in_files,
-    keep_in_memory,
-    read_files,
-)
-from finetune_chatmodel_demo.conversation.tokenizing import DatasetReport, RenderedChunk, render_chunks
+from finetune_chatmodel_demo.conversation.records import RecordSource
+from finetune_chatmodel_demo.conversation.render import IGNORED_LABEL, Row
 
-logger = logging.getLogger(__name__)
-
-__all__ = [
-    "ConversationDataset",
-    "DatasetReport",
-    "DocumentDataset",
-    "PairDataset",
-    "PromptDataset",
-    "TokenRows",
-    "build_dataset",
-    "build_rows",
-]
+# The sequences that a row holds, by stage. A row of sft also says where its loss counts, in `is_target`.
+SEQUENCES = {
+    "pt": ("input_ids",),
+    "sft": ("input_ids",),
+    "rm": ("prompt_ids", "chosen_ids", "rejected_ids"),
+    "dpo": ("prompt_ids", "chosen_ids", "rejected_ids"),
+    "ppo": ("input_ids", "labels"),
+}
+# Beside the sequences: tokens of what a step trains on at once, of all sequences, of targets; the record's place.
+FACTS = ("length", "tokens", "supervised")
+PLACE = ("number", "line")
 
 
-class TokenRows:
-    """Rows of one or more sequences of token ids, map-style: `len(rows)`, `rows[row]`.
+@dataclass
+class DatasetReport:
+    """What became of the records of one file or data set; `str()` is the line to print.
 
     Attributes:
-        parts: Sequences that a row has.
-        report: What became of the records.
+        rows_read: Valid records.
+        rows_bad: Bad records that were skipped.
+        rows_kept: Rows of the dataset.
+        rows_dropped_masked: Records without a target.
+        rows_dropped_long: Records of which the length limit leaves no target, or whose newest question does not fit
+            into it together with the replies.
+        rows_cut: Kept rows that lack something because of a length limit.
+        rows_cut_inside: Those of them that end inside a turn, or hold a cut prompt or response.
+        turns_kept: Turns in the kept rows (0 for input-output).
+        turns_dropped: Whole turns that the kept rows lack.
+        tokens_total: Tokens of the kept rows.
+        tokens_supervised: Those of them that are targets.
     """
 
-    parts = 1
+    path: str
+    rows_read: int = 0
+    rows_bad: int = 0
+    rows_kept: int = 0
+    rows_dropped_masked: int = 0
+    rows_dropped_long: int = 0
+    rows_cut: int = 0
+    rows_cut_inside: int = 0
+    turns_kept: int = 0
+    turns_dropped: int = 0
+    tokens_total: int = 0
+    tokens_supervised: int = 0
 
-    def __init__(self, records: RecordSource, store: RowStore):
-        self._records = records
-        self.report = store.report
-        self._input_ids, self._is_target, self._origins = store.input_ids, store.is_target, store.origins
-        # Part p of row r is between offsets[r * parts + p] and the next one.
-        self._offsets = np.concatenate([[0], np.cumsum(store.lengths)])
+    def __str__(self) -> str:
+        share = self.tokens_supervised / max(1, self.tokens_total)
+        return (
+            f"{self.path}: {self.rows_kept:,} rows of {self.rows_read + self.rows_bad:,} records "
+            f"({self.rows_bad:,} bad, {self.rows_dropped_masked:,} dropped without a target"
+            f"{f', {self.rows_dropped_long:,} too long' if self.rows_dropped_long else ''}; "
+            f"{self.rows_cut:,} rows cut, {self.rows_cut_inside:,} of them inside a turn, "
+            f"{self.turns_dropped:,} turns left out); "
+            f"{self.tokens_total:,} tokens, {share:.1%} supervised"
+        )
+
+    def count(self, row: Row) -> bool:
+        """Counts what became of one record; returns whether the row is kept."""
+        self.rows_read += 1
+        if row.problem is not None:
+            self.rows_dropped_masked += row.problem == "masked"
+            self.rows_dropped_long += row.problem == "long"
+            return False
+        self.rows_kept += 1
+        self.rows_cut += row.is_cut_inside or row.turns_dropped > 0
+        self.rows_cut_inside += row.is_cut_inside
+        self.turns_kept += row.turns_kept
+        self.turns_dropped += row.turns_dropped
+        self.tokens_total += len(row.labels)
+        self.tokens_supervised += len(row.labels) - row.labels.count(IGNORED_LABEL)
+        return True
+
+    def add(self, other: "DatasetReport") -> None:
+        """Adds the counts of another part of the same file."""
+        for name, value in asdict(other).items():
+            if name != "path":
+                setattr(self, name, getattr(self, name) + value)
+
+
+class Rows:
+    """Rows of a stage, map-style: `len(rows)`, `rows[row]`. They may come from several data sets.
+
+    Attributes:
+        stage: What the rows are for.
+        reports: What became of the records, for each data set.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        table: Any,
+        facts: np.ndarray,
+        sources: Sequence[RecordSource],
+        reports: Sequence[DatasetReport],
+    ):
+        """
+        Args:
+            stage: See above.
+            table: A `datasets.Dataset` with the columns SEQUENCES, FACTS and PLACE.
+            facts: (4, rows) int32: FACTS, and the number of the data set.
+            sources: The records of each data set.
+            reports: See above.
+        """
+        self.stage, self.sources, self.reports = stage, list(sources), list(reports)
+        self._table, self._facts = table, facts
+        self._sequences = table.select_columns([*SEQUENCES[stage], *(["is_target"] if stage == "sft" else [])])
 
     def __len__(self) -> int:
-        return len(self._origins)
+        return self._facts.shape[1]
 
     def __getitem__(self, row: int) -> dict[str, list[int]]:
-        spans = [self._span(row, part) for part in range(self.parts)]
-        is_target = self._is_target[spans[0].start : spans[-1].stop]
-        return self.make_item([self._input_ids[span] for span in spans], is_target)
-
-    @staticmethod
-    def make_item(parts: list[np.ndarray], is_target: np.ndarray) -> dict[str, list[int]]:
-        """A row as a trainer takes it; each kind of row says how.
-
-        Args:
-            parts: int32 ids of each sequence.
-            is_target: (T,) bool over all of them, 1 where the loss counts.
-        """
-        raise NotImplementedError
+        return make_item(self.stage, self._sequences[row])
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each row, for sampling rows of like length together."""
-        return self.part_lengths.sum(axis=1).tolist()
+        """Tokens of each row: of a pair the prompt with the longer reply, of ppo the prompt."""
+        return self._facts[0].tolist()
 
     @property
-    def part_lengths(self) -> np.ndarray:
-        """(rows, parts): tokens of each sequence."""
-        return np.diff(self._offsets).reshape(-1, self.parts)
+    def is_whole(self) -> bool:
+        """Whether these are all rows of one data set, in their order."""
+        return len(self.reports) == 1 and len(self) == self.reports[0].rows_kept
 
-    def count_tokens(self, rows: np.ndarray | None = None) -> tuple[int, int]:
-        """Tokens of some rows (None: of all), and how many of them the loss counts on."""
-        if rows is None:
-            return self.report.tokens_total, self.report.tokens_supervised
-        starts = self._offsets[: -1 : self.parts]
-        supervised = np.add.reduceat(self._is_target, starts, dtype=np.int64)
-        return int(self.part_lengths.sum(axis=1)[rows].sum()), int(supervised[rows].sum())
+    @property
+    def report(self) -> DatasetReport:
+        """The sums of the data sets' reports, but for the rows and tokens, which are those of the rows here."""
+        total = DatasetReport(", ".join(report.path for report in self.reports))
+        for report in self.reports:
+            total.add(report)
+        total.rows_kept = len(self)
+        total.tokens_total, total.tokens_supervised = self._facts[1:3].sum(axis=1, dtype=np.int64).tolist()
+        return total
+
+    def count_by_source(self) -> list[int]:
+        """How many of the rows come from each data set."""
+        return np.bincount(self._facts[3], minlength=len(self.sources)).tolist()
 
     def where(self, row: int) -> str:
         """The place of a row's record in its file."""
-        number, line = self._origins[row].tolist()
-        return self._records.where(number, line)
+        place = self._table.select_columns(list(PLACE))[row]
+        return self.sources[self._facts[3, row]].where(place["number"], place["line"])
 
-    def ids(self, row: int, part: int = 0) -> np.ndarray:
-        """(T,) int32: the ids of one sequence of a row."""
-        return self._input_ids[self._span(row, part)]
+    def ids(self, row: int) -> np.ndarray:
+        """(T,) int32: the ids of a row's first sequence; nothing is copied."""
+        return self._sequences.with_format("arrow")[row].column(0)[0].values.to_numpy()
 
-    def _span(self, row: int, part: int) -> slice:
-        if not -len(self) <= row < len(self):
-            raise IndexError(f"row {row} does not exist; {self._records.path} has {len(self)} rows")
-        index = row % len(self) * self.parts + part
-        return slice(self._offsets[index], self._offsets[index + 1])
+    def select(self, order: np.ndarray) -> "Rows":
+        """Some of the rows, in some order."""
+        return Rows(self.stage, self._table.select(order), self._facts[:, order], self.sources, self.reports)
 
 
-class ConversationDataset(TokenRows):
-    """Rows of sft.
+def join(sets: Sequence[Rows]) -> Rows | None:
+    """All rows of all data sets, one after the other; None where there is none."""
+    if len(sets) < 2:
+        return sets[0] if sets else None
+    import datasets  # here, so that a `--help` need not wait for it
 
-    An item is `{"input_ids": list[int], "labels": list[int]}`, labels being -100 where the loss does not count.
+    facts = [rows._facts.copy() for rows in sets]
+    for number, each in enumerate(facts):
+        each[3] = number
+    sources, reports = ([each for rows in sets for each in getattr(rows, name)] for name in ("sources", "reports"))
+    table = datasets.concatenate_datasets([rows._table for rows in sets])
+    return Rows(sets[0].stage, table, np.concatenate(facts, axis=1), sources, reports)
+
+
+def make_columns(stage: str, row: Row) -> dict[str, list]:
+    """A rendered row as the table holds it, without its place."""
+    lengths = [len(part) for part in row.parts]
+    columns: dict[str, Any] = dict(zip(SEQUENCES[stage], row.parts, strict=True))
+    if stage == "sft":
+        columns["is_target"] = [label != IGNORED_LABEL for label in row.labels]
+    columns["length"] = lengths[0] + (max(lengths[1:]) if stage in ("rm", "dpo") else 0)
+    columns["tokens"] = sum(lengths)
+    columns["supervised"] = sum(label != IGNORED_LABEL for label in row.labels)
+    return columns
+
+
+def make_item(stage: str, columns: dict[str, list]) -> dict[str, list[int]]:
+    """A row as a trainer takes it, from the columns of the table.
+
+    Returns:
+        pt and sft: `input_ids` and `labels`, -100 where the loss does not count. rm and dpo: `prompt_ids`, `chosen_ids`
+        and `rejected_ids`; what a model reads is prompt + reply. ppo: `input_ids`, the prompt, and `labels`, the
+        reference reply, `[]` where the data has none.
     """
-
-    @staticmethod
-    def make_item(parts: list[np.ndarray], is_target: np.ndarray) -> dict[str, list[int]]:
-        """See `TokenRows`."""
-        labels = np.where(is_target, parts[0], IGNORED_LABEL)
-        return {"input_ids": parts[0].tolist(), "labels": labels.tolist()}
-
-
-class DocumentDataset(ConversationDataset):
-    """Whole documents for pt, each ending with eos; `PackedDataset` cuts blocks out of them."""
-
-
-class PairDataset(TokenRows):
-    """Rows of rm and dpo.
-
-    An item is `{"prompt_ids", "chosen_ids", "rejected_ids"}`, lists of ids. What a model reads is prompt + reply;
-    `lengths` are those of the longer of the two.
-    """
-
-    parts = PARTS["dpo"]
-
-    @staticmethod
-    def make_item(parts: list[np.ndarray], is_target: np.ndarray) -> dict[str, list[int]]:
-        """See `TokenRows`."""
-        names = ("prompt_ids", "chosen_ids", "rejected_ids")
-        return {name: part.tolist() for name, part in zip(names, parts, strict=True)}
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each row's prompt with the longer reply."""
-        lengths = self.part_lengths
-        return (lengths[:, 0] + lengths[:, 1:].max(axis=1)).tolist()
-
-
-class PromptDataset(TokenRows):
-    """Rows of ppo.
-
-    An item is `{"input_ids": prompt, "labels": reference reply}`; the reference is `[]` where the data has none.
-    `lengths` are the prompts'.
-    """
-
-    parts = PARTS["ppo"]
-
-    @staticmethod
-    def make_item(parts: list[np.ndarray], is_target: np.ndarray) -> dict[str, list[int]]:
-        """See `TokenRows`."""
-        prompt, reference = parts
-        return {"input_ids": prompt.tolist(), "labels": reference.tolist()}
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each row's prompt."""
-        return self.part_lengths[:, 0].tolist()
-
-
-DATASETS = {
-    "pt": DocumentDataset,
-    "sft": ConversationDataset,
-    "rm": PairDataset,
-    "dpo": PairDataset,
-    "ppo": PromptDataset,
-}
-# What to do where no record became a row, by stage.
-NO_ROW = {
-    "sft": "holds a target: {} records were read, and in none of them does a reply lie within the length limit; raise "
-    "it, or check roles and 'loss'",
-    **dict.fromkeys(
-        ("rm", "dpo"),
-        "is left: {} records were read, and in none of them do question and replies fit into --max_seq_length; raise "
-        "it",
-    ),
-    "ppo": "is left: {} records were read, and in none of them does the newest question fit into --max_seq_length; "
-    "raise it",
-}
-
-
-def build_dataset(
-    train_format: Literal["multi-turn", "input-output"],
-    path: str | Path,
-    tokenizer: ChatTokenizer,
-    *,
-    max_seq_length: int,
-    max_source_length: int,
-    max_target_length: int,
-    truncation_strategy: TruncationStrategy = "turns",
-    on_bad_record: Literal["error", "skip"] = "error",
-    num_workers: int | None = None,
-    show_progress: bool | None = None,
-) -> ConversationDataset:
-    """Reads, validates, renders and cuts the records of a file, for sft.
-
-    Args:
-        train_format: What the records are.
-        path: See `read_records`.
-        tokenizer: See `ChatTokenizer`; must be picklable where several processes work.
-        max_seq_length: Most ids of a multi-turn row.
-        max_source_length: Most ids of an input-output prompt, with the two that start the row.
-        max_target_length: Most ids of an input-output response, without eos.
-        truncation_strategy: See `truncate`. With "official" a cut input-output response is followed by eos.
-        on_bad_record: See `read_records`.
-        num_workers: Processes that tokenize, where the file has more than IN_PROCESS_ROWS records.
-        show_progress: Whether to draw a progress bar on stderr; None: where that is a terminal.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        RecordError: A record is bad, or no row is left to train on.
-    """
-    records = read_records(path, train_format, on_bad_record)
-    settings = RowSettings(train_format, max_seq_length, max_source_length, max_target_length, truncation_strategy)
-    return build_rows(records, tokenizer, settings, num_workers=num_workers, show_progress=show_progress)
-
-
-def build_rows(
-    records: RecordSource,
-    tokenizer: ChatTokenizer,
-    settings: RowSettings,
-    *,
-    num_workers: int | None = None,
-    show_progress: bool | None = None,
-    tokenized_cache: str | None = "none",
-) -> Any:
-    """Renders the records of one source into the kind of rows that the stage of `settings` has.
-
-    Arguments and errors are those of `build_dataset`; `tokenized_cache`: see `find_cache_folder`.
-    """
-    folder = find_cache_folder(tokenized_cache, records, tokenizer, settings)
-    if folder is not None and (folder / REPORT).is_file():
-        store = read_files(folder)
-        records.bad_count, records.bad_messages = store.report.rows_bad, store.bad_messages
-        logger.info("%s was tokenized before: its rows are read from %s", records.path, folder)
-    else:
-        store = _render(records, tokenizer, settings, num_workers or 1, show_progress, folder)
-        if folder is not None:
-            logger.info("the rows of %s are kept in %s for later runs", records.path, folder)
-    dataset = DATASETS[settings.stage](records, store)
-    if not len(dataset):
-        reason = NO_ROW[settings.stage].format(dataset.report.rows_read)
-        raise RecordError(f"no row of {records.path} {reason}")
-    return dataset
-
-
-def _render(
-    records: RecordSource,
-    tokenizer: ChatTokenizer,
-    settings: RowSettings,
-    num_workers: int,
-    show_progress: bool | None,
-    folder: Path | None,
-) -> RowStore:
-    is_disabled = None if show_progress is None else not show_progress
-    with tqdm(desc=f"Tokenizing {Path(records.path).name}", unit=" rows", disable=is_disabled) as bar:
-        chunks = _count_progress(render_chunks(records, tokenizer, settings, num_workers), bar)
-        return keep_in_memory(records, chunks) if folder is None else keep_in_files(records, chunks, folder)
-
-
-def _count_progress(chunks: Iterable[RenderedChunk], bar: tqdm) -> Iterator[RenderedChunk]:
-    for chunk in chunks:
-        bar.update(chunk.report.rows_read)
-        yield chunk
+    if stage == "pt":
+        return {"input_ids": columns["input_ids"], "labels": list(columns["input_ids"])}
+    if stage == "sft":
+        pairs = zip(columns["input_ids"], columns["is_target"], strict=True)
+        labels = [token if is_target else IGNORED_LABEL for token, is_target in pairs]
+        return {"input_ids": columns["input_ids"], "labels": labels}
+    return {name: columns[name] for name in SEQUENCES[stage]}

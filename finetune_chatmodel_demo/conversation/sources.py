@@ -67,14 +67,13 @@ class DatasetSource(RecordSource):
         self.entry, self.reader = entry, reader
         self._seen_columns: set[str] = set()
 
-    def iterate_located(self) -> Iterator[Located]:
-        """See `RecordSource`."""
+    def _iterate(self) -> Iterator[Located]:
         if self.entry.num_samples is None:
-            yield from super().iterate_located()
+            yield from super()._iterate()
             return
         given, first_bad = 0, None
         for _ in itertools.count():
-            for located in super().iterate_located():
+            for located in super()._iterate():
                 given += 1
                 yield located
                 if given == self.entry.num_samples:

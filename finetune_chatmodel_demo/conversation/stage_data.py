@@ -8,24 +8,27 @@ held out for validation (--val_size); the rest is mixed (--mix_strategy); docume
 draw is a function of the seed alone. See the outcome with `inspect_data.py`.
 """
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from wcwidth import wcswidth
 
+from finetune_chatmodel_demo.common.errors import UserError
+from finetune_chatmodel_demo.common.tables import format_table
 from finetune_chatmodel_demo.conversation.data_arguments import DataArguments
-from finetune_chatmodel_demo.conversation.json_files import Located
-from finetune_chatmodel_demo.conversation.mixing import MixStrategy, RowView, mix_order, parse_probabilities, split_rows
+from finetune_chatmodel_demo.conversation.mixing import draw_held_out, mix_order, parse_probabilities
 from finetune_chatmodel_demo.conversation.packing import PackedDataset, block_capacity
 from finetune_chatmodel_demo.conversation.records import STAGE_KINDS, RecordSource, read_records
 from finetune_chatmodel_demo.conversation.render import ChatTokenizer, RowSettings, Stage
-from finetune_chatmodel_demo.conversation.rows import build_rows
-from finetune_chatmodel_demo.conversation.tables import format_data_table
+from finetune_chatmodel_demo.conversation.rows import DatasetReport, Rows, join
+from finetune_chatmodel_demo.conversation.tokenizing import build_rows
 
 BAD_RECORDS_SHOWN = 3
+WIDEST = 100
+EXACT_TOKENS = 100_000_000  # more are shown in millions
 
 
 @dataclass(frozen=True)
@@ -51,44 +54,6 @@ class NamedSource:
     records: RecordSource
 
 
-class FirstRecords:
-    """The first good records of a source; what comes after them is not read."""
-
-    def __init__(self, records: RecordSource, count: int):
-        self._records, self._count = records, count
-        self.path = records.path
-
-    @property
-    def bad_count(self) -> int:
-        """Bad records that were skipped on the way."""
-        return self._records.bad_count
-
-    @bad_count.setter
-    def bad_count(self, count: int) -> None:
-        self._records.bad_count = count
-
-    @property
-    def bad_messages(self) -> list[str]:
-        """What was wrong with the first of them."""
-        return self._records.bad_messages
-
-    @bad_messages.setter
-    def bad_messages(self, messages: list[str]) -> None:
-        self._records.bad_messages = messages
-
-    def fingerprint(self) -> str | None:
-        """What the records follow from, beside the file's content."""
-        return f"{self._count} of {self._records.fingerprint()}" if hasattr(self._records, "fingerprint") else None
-
-    def iterate_located(self) -> Iterator[Located]:
-        """The records, each with its number and line."""
-        return itertools.islice(self._records.iterate_located(), self._count)
-
-    def where(self, number: int, line: int) -> str:
-        """Names the place of a record."""
-        return self._records.where(number, line)
-
-
 def build_stage_data(
     data: DataArguments,
     stage: Stage,
@@ -111,15 +76,13 @@ def build_stage_data(
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: Flags contradict each other, or are missing.
-        RecordError: A data set is unknown, a record is bad, or no row is left.
+        UserError: Flags contradict each other, or are missing; a data set is unknown, a record is bad, or no row is
+            left.
     """
     check_flags(data, stage, needs_train)
     settings = make_row_settings(data, stage)
     if data.streaming and needs_train:
-        from finetune_chatmodel_demo.conversation.streaming import build_streamed_data  # needs torch
-
-        return build_streamed_data(data, settings, tokenizer, seed, show_progress=show_progress)
+        return _stream(data, settings, tokenizer, seed, show_progress)
     train_sources, validation_sources = open_sources(data, stage)
     probabilities = parse_probabilities(data.interleave_probs, len(train_sources), data.mix_strategy)
     if not needs_train and not data.val_size:
@@ -133,38 +96,125 @@ def build_stage_data(
         [build_rows(source.records, tokenizer, settings, **options) for source in sources]
         for sources in (train_sources, validation_sources)
     )
-    rows_left, validation = [np.arange(len(rows)) for rows in train_sets], concatenate(validation_sets)
-    if data.val_size:
-        rows_left, order = split_rows([len(rows) for rows in train_sets], data.val_size, seed)
-        validation = RowView(train_sets, order)
-    train = mix(train_sets, rows_left, data.mix_strategy, probabilities, seed) if needs_train else None
+    train, validation = join(train_sets), join(validation_sets)
+    if train_sets:
+        held_out = draw_held_out(data.val_size, len(train), seed)
+        if data.val_size:
+            validation = train.select(np.flatnonzero(held_out))
+        order = _mix(train_sets, ~held_out, data, probabilities, seed) if needs_train else None
+        train = _take(train, order) if needs_train else None
+    drawn = [*(train.count_by_source() if train is not None else [0] * len(train_sets)), *[0] * len(validation_sets)]
     if stage == "pt":
-        train, validation = (pack(rows, tokenizer, data.max_seq_length) for rows in (train, validation))
-    named = list(zip(train_sources + validation_sources, train_sets + validation_sets))
-    return StageData(train, validation, describe(named, data, stage, train, validation))
+        train, validation = (_pack(rows, tokenizer, data.max_seq_length) for rows in (train, validation))
+    named = zip(train_sources + validation_sources, train_sets + validation_sets, drawn, strict=True)
+    return StageData(train, validation, describe(list(named), data, stage, train, validation))
+
+
+def _mix(
+    sets: Sequence[Rows], is_kept: np.ndarray, data: DataArguments, probabilities: Sequence[float] | None, seed: int
+) -> np.ndarray:
+    """(rows,) the rows of all data sets, joined, that are trained on, in their order."""
+    ends = np.cumsum([len(rows) for rows in sets])
+    parts = np.split(np.arange(ends[-1]), ends[:-1])
+    parts = [part[is_kept[part]] for part in parts]
+    for rows, part in zip(sets, parts, strict=True):
+        if data.mix_strategy != "concat" and not len(part):
+            raise UserError(
+                f"--val_size holds out every row of {rows.report.path}, and --mix_strategy {data.mix_strategy} needs "
+                "at least one of each data set; make --val_size smaller, or use concat"
+            )
+    return mix_order(parts, data.mix_strategy, probabilities, seed)
+
+
+def _stream(
+    data: DataArguments, settings: RowSettings, tokenizer: ChatTokenizer, seed: int, show_progress: bool | None
+) -> StageData:
+    """With --streaming: `train` is a `StreamedRows`, `validation` is in memory.
+
+    `--val_size` is a number of rows (pt: documents) at the start of the data, the same from each data set (the first
+    ones give one more where that does not come out even).
+
+    Raises:
+        UserError: --val_size is a share, whose number of rows nobody knows before everything was read.
+    """
+    from finetune_chatmodel_demo.conversation.streaming import StreamedRows  # needs torch
+
+    train, validation = open_sources(data, settings.stage)
+    probabilities = parse_probabilities(data.interleave_probs, len(train), data.mix_strategy)
+    if 0 < data.val_size < 1:
+        raise UserError(
+            f"--val_size {data.val_size:g} is a share, and --streaming does not know how many rows there are; give a "
+            "number of rows"
+        )
+    total = int(data.val_size)
+    wanted = [total // len(train) + (number < total % len(train)) for number in range(len(train))]
+    skipped = [_count_records(each, rows, tokenizer, settings) for each, rows in zip(train, wanted, strict=True)]
+    for source, count in zip(train, skipped, strict=True):
+        if count:
+            validation.append(NamedSource(f"{source.name} (held out)", source.records.first(count)))
+    options = {"num_workers": data.preprocessing_num_workers, "show_progress": show_progress}
+    sets = [build_rows(source.records, tokenizer, settings, **options) for source in validation]
+    rows = join(sets)
+    if settings.stage == "pt":
+        rows = _pack(rows, tokenizer, data.max_seq_length)
+    streamed = StreamedRows(
+        [source.records for source in train],
+        tokenizer,
+        settings,
+        strategy=data.mix_strategy,
+        probabilities=probabilities,
+        seed=seed,
+        buffer_size=data.buffer_size,
+        skipped=skipped,
+    )
+    named = zip(validation, sets, [0] * len(sets), strict=True)
+    lines = [describe(list(named), data, settings.stage, None, rows)] if sets else []
+    unit = "blocks" if settings.stage == "pt" else "rows"
+    how = f", {data.mix_strategy}" if len(train) > 1 else ""
+    names = ", ".join(source.name for source in train)
+    lines.append(f"train:      {names}: read while training{how}, shuffled among {data.buffer_size:,} {unit}")
+    return StageData(streamed, rows, "\n".join(lines))
+
+
+def _count_records(source: NamedSource, rows: int, tokenizer: ChatTokenizer, settings: RowSettings) -> int:
+    """How many good records at the start of a source make so many rows.
+
+    Raises:
+        UserError: They are all there is, or not enough.
+    """
+    if not rows:
+        return 0
+    found = 0
+    for count, located in enumerate(source.records.iterate_located(), 1):
+        if found == rows:
+            return count - 1
+        found += settings.render(tokenizer, located.value).problem is None
+    raise UserError(
+        f"--val_size would hold out {rows} rows of {source.name}, which leaves nothing to train on; make it smaller"
+    )
 
 
 def check_flags(data: DataArguments, stage: str, needs_train: bool = True) -> None:
     """Refuses flags that contradict each other, before anything is read.
 
     Raises:
-        ValueError: Says which, and what to do.
+        UserError: Says which, and what to do.
     """
     if stage not in STAGE_KINDS:
-        raise ValueError(f"stage {stage!r} is unknown; use {', '.join(STAGE_KINDS)}")
+        raise UserError(f"stage {stage!r} is unknown; use {', '.join(STAGE_KINDS)}")
     for file, names in (("train_file", "dataset"), ("validation_file", "eval_dataset")):
         if getattr(data, file) and getattr(data, names):
-            raise ValueError(f"--{file} and --{names} exclude each other; give one (a registry can name any file)")
+            raise UserError(f"--{file} and --{names} exclude each other; give one (a registry can name any file)")
     has_train = bool(data.train_file or data.dataset)
     has_validation = bool(data.validation_file or data.eval_dataset)
     if not has_train and (needs_train or not has_validation or data.val_size):
-        raise ValueError("there is nothing to read: give --train_file FILE, or --dataset with names of the registry")
+        raise UserError("there is nothing to read: give --train_file FILE, or --dataset with names of the registry")
     if data.val_size and has_validation:
-        raise ValueError(
+        raise UserError(
             "--val_size holds rows of the training data out, and validation data is given as well; drop one of them"
         )
     if data.train_format == "input-output" and (stage != "sft" or data.dataset or data.eval_dataset):
-        raise ValueError(
+        raise UserError(
             "--train_format input-output is for --train_file with --stage sft; drop it (data sets of the registry "
             "become conversations, whatever their format)"
         )
@@ -207,7 +257,7 @@ def _open(data: DataArguments, stage: Stage, file: str | None, names: str | None
         return []
     if data.max_samples is None:
         return sources
-    return [NamedSource(each.name, FirstRecords(each.records, data.max_samples)) for each in sources]
+    return [NamedSource(each.name, each.records.first(data.max_samples)) for each in sources]
 
 
 def _open_registry(data: DataArguments, kind: str, names: str) -> list[NamedSource]:
@@ -231,67 +281,31 @@ def _open_registry(data: DataArguments, kind: str, names: str) -> list[NamedSour
     ]
 
 
-def mix(
-    datasets: Sequence[Any],
-    rows: Sequence[np.ndarray],
-    strategy: MixStrategy,
-    probabilities: Sequence[float] | None,
-    seed: int,
-) -> Any:
-    """Some rows of each data set, mixed.
-
-    Args:
-        datasets: The data sets.
-        rows: Rows of each that take part, in their order.
-        strategy: See `mix_order`, also for the probabilities and the seed.
-
-    Raises:
-        ValueError: A data set that is to be interleaved has no row left.
-    """
-    if len(datasets) == 1 and len(rows[0]) == len(datasets[0]):
-        return datasets[0]
-    for dataset, chosen in zip(datasets, rows):
-        if strategy != "concat" and not len(chosen):
-            raise ValueError(
-                f"--val_size holds out every row of {dataset.report.path}, and --mix_strategy {strategy} needs at "
-                "least one of each data set; make --val_size smaller, or use concat"
-            )
-    order = mix_order([len(chosen) for chosen in rows], strategy, probabilities, seed)
-    for number, chosen in enumerate(rows):
-        is_mine = order[:, 0] == number
-        order[is_mine, 1] = chosen[order[is_mine, 1]]
-    return RowView(datasets, order)
+def _take(rows: Rows, order: np.ndarray) -> Rows:
+    """The rows in an order; themselves where that is all of them, one after the other."""
+    is_all = len(order) == len(rows) and bool((order == np.arange(len(rows))).all())
+    return rows if is_all else rows.select(order)
 
 
-def pack(documents: Any, tokenizer: ChatTokenizer, max_seq_length: int) -> PackedDataset | None:
+def _pack(documents: Rows | None, tokenizer: ChatTokenizer, max_seq_length: int) -> PackedDataset | None:
     """Documents as blocks; None stays None."""
     return None if documents is None else PackedDataset(documents, tokenizer, max_seq_length)
 
 
-def concatenate(datasets: Sequence[Any]) -> Any:
-    """All rows of all data sets, one after the other; None where there is none."""
-    if len(datasets) < 2:
-        return datasets[0] if datasets else None
-    return RowView(datasets, mix_order([len(rows) for rows in datasets], "concat"))
-
-
-def count_drawn(rows: Any, datasets: Sequence[Any]) -> list[int]:
-    """How many of the rows come from each of the data sets."""
-    if not isinstance(rows, RowView):
-        return [len(rows) if dataset is rows else 0 for dataset in datasets]
-    counts = np.bincount(rows.order[:, 0], minlength=len(rows.datasets)).tolist()
-    return [next((count for each, count in zip(rows.datasets, counts) if each is dataset), 0) for dataset in datasets]
-
-
 def describe(
-    sets: Sequence[tuple[NamedSource, Any]], data: DataArguments, stage: Stage, train: Any, validation: Any
+    sets: Sequence[tuple[NamedSource, Rows, int]], data: DataArguments, stage: Stage, train: Any, validation: Any
 ) -> str:
-    """The table, the first bad records, and what is trained and validated on."""
-    documents = train.documents if isinstance(train, PackedDataset) else train
-    drawn = count_drawn(documents, [rows for _, rows in sets])
-    table = format_data_table([(source.name, rows.report, count) for (source, rows), count in zip(sets, drawn)])
-    lines = [table]
-    for source, _ in sets:
+    """The table, the first bad records, and what is trained and validated on.
+
+    Args:
+        sets: Each data set, with how many of its rows are in an epoch.
+        data: The data flags.
+        stage: What the rows are for.
+        train: Rows or blocks, or None.
+        validation: The same.
+    """
+    lines = [format_data_table([(source.name, rows.report, count) for source, rows, count in sets])]
+    for source, _, _ in sets:
         lines += [f"bad: {message}" for message in source.records.bad_messages[:BAD_RECORDS_SHOWN]]
     unit = "blocks" if stage == "pt" else "rows"
     if train is not None:
@@ -301,3 +315,45 @@ def describe(
         held_out = f", --val_size {data.val_size:g}" if data.val_size else ""
         lines.append(f"validation: {len(validation):,} {unit}, {validation.report.tokens_total:,} tokens{held_out}")
     return "\n".join(lines)
+
+
+def format_data_table(sets: Sequence[tuple[str, DatasetReport, int]]) -> str:
+    """One line for each data set, at most WIDEST columns wide, also where names are Chinese.
+
+    `read` counts records; those that are `bad`, have `no target` or are `too long` are dropped, the rest is `kept`.
+    `cut` rows lack something because of the length limit; `supervised` is the share of the tokens that are targets;
+    `train` is how many rows (pt: documents) of an epoch come from the data set.
+
+    Args:
+        sets: Name, report, and rows of an epoch of each data set.
+    """
+    rows = [_cells(*each) for each in sets]
+    widths = [max(len(heading), *(len(row[heading]) for row in rows)) for heading in list(rows[0])[1:]]
+    room = WIDEST - sum(widths) - 2 * len(widths)
+    return format_table([row | {"data set": _shorten(row["data set"], room)} for row in rows], right=list(rows[0])[1:])
+
+
+def _cells(name: str, report: DatasetReport, train_rows: int) -> dict[str, str]:
+    tokens = report.tokens_total
+    share = report.tokens_supervised / max(1, tokens)
+    return {
+        "data set": name,
+        "read": f"{report.rows_read + report.rows_bad:,}",
+        "bad": f"{report.rows_bad:,}",
+        "no target": f"{report.rows_dropped_masked:,}",
+        "too long": f"{report.rows_dropped_long:,}",
+        "kept": f"{report.rows_kept:,}",
+        "cut": f"{report.rows_cut:,}",
+        "tokens": f"{tokens:,}" if tokens < EXACT_TOKENS else f"{tokens / 1e6:,.0f}M",
+        "supervised": f"{share:.1%}" if report.tokens_supervised else "-",
+        "train": f"{train_rows:,}" if train_rows else "-",
+    }
+
+
+def _shorten(text: str, width: int) -> str:
+    """Leaves out the beginning of a text that is too wide: the end of a path tells most."""
+    if wcswidth(text) <= width:
+        return text
+    while wcswidth(text) > width - 1:
+        text = text[1:]
+    return f"…{text}"

@@ -1,11 +1,12 @@
 """Rows that are read while training goes on, for data that memory cannot hold (`--streaming`).
 
-One pass over `StreamedRows` gives the rows that the data sets in memory (`stage_data`) would have, each once, in
-another order: `--buffer_size` rows are held, and the next one is drawn from these by a seed and the epoch. What is held
-at a time is that buffer and one record of each data set. Held to this by `pytest tests/test_streaming.py`.
+One pass over `StreamedRows` gives the rows that the data sets in memory would have, each once, in another order:
+`--buffer_size` rows are held, and the next one is drawn from these by a seed and the epoch. What is held at a time is
+that buffer and one record of each data set.
 
 Data sets are mixed record by record, before rendering. The workers of a DataLoader share the mixed records out among
-them, without overlap; each then packs (pt) and shuffles its own. Several processes share rows out through accelerate's
+them, without overlap; each then packs (pt) and shuffles its own. (`datasets.IterableDataset` gives a worker whole files
+only: of one file all workers but the first would get nothing.) Several processes share rows out through accelerate's
 `IterableDatasetShard`: every process reads all records and keeps its part (`dispatch_batches` must be off, since rows
 of different lengths cannot be sent around as one tensor).
 """
@@ -17,22 +18,12 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from finetune_chatmodel_demo.conversation.data_arguments import DataArguments
-from finetune_chatmodel_demo.conversation.json_files import Located, RecordError
-from finetune_chatmodel_demo.conversation.mixing import MixStrategy, draw_sources, parse_probabilities
+from finetune_chatmodel_demo.conversation.json_files import Located
+from finetune_chatmodel_demo.conversation.mixing import MixStrategy, mix_streams
 from finetune_chatmodel_demo.conversation.packing import block_capacity, make_block
-from finetune_chatmodel_demo.conversation.render import IGNORED_LABEL, ChatTokenizer, Row, RowSettings
-from finetune_chatmodel_demo.conversation.rows import DATASETS, build_rows
-from finetune_chatmodel_demo.conversation.stage_data import (
-    FirstRecords,
-    NamedSource,
-    StageData,
-    concatenate,
-    describe,
-    open_sources,
-    pack,
-)
-from finetune_chatmodel_demo.conversation.tokenizing import DatasetReport
+from finetune_chatmodel_demo.conversation.records import RecordSource
+from finetune_chatmodel_demo.conversation.render import IGNORED_LABEL, ChatTokenizer, RowSettings
+from finetune_chatmodel_demo.conversation.rows import SEQUENCES, DatasetReport, make_item
 
 
 class StreamedRows(IterableDataset):
@@ -46,7 +37,7 @@ class StreamedRows(IterableDataset):
 
     def __init__(
         self,
-        sources: Sequence[NamedSource],
+        sources: Sequence[RecordSource],
         tokenizer: ChatTokenizer,
         settings: RowSettings,
         *,
@@ -58,7 +49,7 @@ class StreamedRows(IterableDataset):
     ):
         """
         Args:
-            sources: The data sets.
+            sources: The records of each data set.
             tokenizer: See `ChatTokenizer`.
             settings: How a record becomes a row.
             strategy: How several data sets are mixed; see `mixing`.
@@ -71,7 +62,7 @@ class StreamedRows(IterableDataset):
         self.strategy, self.probabilities = strategy, probabilities
         self.seed, self.buffer_size, self.epoch = seed, buffer_size, 0
         self.skipped = list(skipped or [0] * len(self.sources))
-        self.reports = [DatasetReport(source.name) for source in self.sources]
+        self.reports = [DatasetReport(str(source.path)) for source in self.sources]
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order of the next pass."""
@@ -80,7 +71,7 @@ class StreamedRows(IterableDataset):
     @property
     def report(self) -> DatasetReport:
         """The sum of `reports`."""
-        total = DatasetReport(", ".join(source.name for source in self.sources))
+        total = DatasetReport(", ".join(report.path for report in self.reports))
         for report in self.reports:
             total.add(report)
         return total
@@ -99,84 +90,33 @@ class StreamedRows(IterableDataset):
         """A row as a trainer takes it, from what `_rows` gives."""
         if self.settings.stage == "pt":
             return make_block(self.tokenizer.get_prefix_tokens(), row.tolist())
-        return DATASETS[self.settings.stage].make_item(*row)
+        return make_item(self.settings.stage, {name: values.tolist() for name, values in row.items()})
 
     def _rows(self, shard: int, shards: int) -> Iterator[Any]:
-        """What is shuffled, in five bytes a token: the arrays of `compact`; in pt the tokens of a block."""
-        self.reports = [DatasetReport(source.name) for source in self.sources]
+        """What is shuffled, in five bytes a token: arrays by column; in pt the tokens of a block."""
         rows = self._render(shard, shards)
         if self.settings.stage != "pt":
             return rows
-        return pack_stream((parts[0] for parts, _ in rows), block_capacity(self.settings.max_seq_length))
+        return pack_stream((row["input_ids"] for row in rows), block_capacity(self.settings.max_seq_length))
 
-    def _render(self, shard: int, shards: int) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
+    def _render(self, shard: int, shards: int) -> Iterator[dict[str, np.ndarray]]:
         """Every shards-th record, compact."""
+        stage, self.reports = self.settings.stage, [DatasetReport(report.path) for report in self.reports]
         openers = [self._opener(number) for number in range(len(self.sources))]
         mixed = mix_streams(openers, self.strategy, self.probabilities, self.seed)
         for number, located in itertools.islice(mixed, shard, None, shards):
-            report = self.reports[number]
             row = self.settings.render(self.tokenizer, located.value)
-            report.rows_bad = self.sources[number].records.bad_count
-            if report.count(row):
-                parts, is_target = compact(row)
-                report.tokens_total += len(is_target)
-                report.tokens_supervised += int(is_target.sum())
-                yield parts, is_target
+            self.reports[number].rows_bad = self.sources[number].bad_count
+            if self.reports[number].count(row):
+                columns = {name: np.asarray(part, dtype=np.int32) for name, part in zip(SEQUENCES[stage], row.parts)}
+                if stage == "sft":
+                    columns["is_target"] = np.asarray(row.labels) != IGNORED_LABEL
+                yield columns
         for source, report in zip(self.sources, self.reports):
-            report.rows_bad = source.records.bad_count
+            report.rows_bad = source.bad_count
 
     def _opener(self, number: int) -> Callable[[], Iterator[Located]]:
-        records, skipped = self.sources[number].records, self.skipped[number]
-        return lambda: itertools.islice(records.iterate_located(), skipped, None)
-
-
-def compact(row: Row) -> tuple[list[np.ndarray], np.ndarray]:
-    """A row in five bytes a token: int32 ids of each sequence, and (T,) bool over all, 1 where the loss counts."""
-    parts = [np.asarray(part, dtype=np.int32) for part in row.parts]
-    return parts, np.fromiter((label != IGNORED_LABEL for label in row.labels), dtype=np.bool_, count=len(row.labels))
-
-
-def mix_streams(
-    openers: Sequence[Callable[[], Iterator[Any]]],
-    strategy: MixStrategy,
-    probabilities: Sequence[float] | None,
-    seed: int,
-) -> Iterator[tuple[int, Any]]:
-    """Mixes streams as `mix_order` mixes data sets of known length: the same order.
-
-    Args:
-        openers: Begin a stream, as often as they are called.
-        strategy: "concat", "interleave_under" or "interleave_over".
-        probabilities: Of the streams; None: they take turns.
-        seed: Of the draw.
-
-    Yields:
-        Number of the stream, and what it gave.
-
-    Raises:
-        RecordError: A stream that is to be interleaved gives nothing.
-    """
-    if strategy == "concat":
-        for number, opener in enumerate(openers):
-            yield from ((number, item) for item in opener())
-        return
-    streams = [opener() for opener in openers]
-    # One item ahead: a stream counts as exhausted with its last item, not with the attempt to read on.
-    ahead = [next(stream, None) for stream in streams]
-    if any(item is None for item in ahead):
-        raise RecordError(f"data set {ahead.index(None) + 1} has no record left to mix; use --mix_strategy concat")
-    is_exhausted = [False] * len(openers)
-    has_ended = any if strategy == "interleave_under" else all
-    for draw, number in enumerate(draw_sources(len(openers), probabilities, seed), 1):
-        yield number, ahead[number]
-        ahead[number] = next(streams[number], None)
-        if ahead[number] is None:
-            is_exhausted[number] = True
-            streams[number] = openers[number]()
-            ahead[number] = next(streams[number])
-        is_round_complete = probabilities is not None or draw % len(openers) == 0
-        if is_round_complete and has_ended(is_exhausted):
-            return
+        return lambda: itertools.islice(self.sources[number].iterate_located(), self.skipped[number], None)
 
 
 def pack_stream(documents: Iterator[np.ndarray], capacity: int) -> Iterator[np.ndarray]:
@@ -199,78 +139,3 @@ def shuffle_in_buffer(rows: Iterator[Any], size: int, generator: np.random.Gener
         yield held[place]
         held[place] = row
     yield from (held[place] for place in generator.permutation(len(held)))
-
-
-def build_streamed_data(
-    data: DataArguments,
-    settings: RowSettings,
-    tokenizer: ChatTokenizer,
-    seed: int,
-    *,
-    show_progress: bool | None = None,
-) -> StageData:
-    """What `build_stage_data` returns with --streaming: `train` is a `StreamedRows`, `validation` is in memory.
-
-    `--val_size` is a number of rows (pt: documents) at the start of the data, the same from each data set (the first
-    ones give one more where that does not come out even).
-
-    Raises:
-        ValueError: --val_size is a share, whose number of rows nobody knows before everything was read.
-        RecordError: As `build_stage_data`.
-    """
-    train, validation = open_sources(data, settings.stage)
-    probabilities = parse_probabilities(data.interleave_probs, len(train), data.mix_strategy)
-    if 0 < data.val_size < 1:
-        raise ValueError(
-            f"--val_size {data.val_size:g} is a share, and --streaming does not know how many rows there are; give a "
-            "number of rows"
-        )
-    skipped = [0] * len(train)
-    if data.val_size:
-        wanted = _share_out(int(data.val_size), len(train))
-        skipped = [_count_records(each, rows, tokenizer, settings) for each, rows in zip(train, wanted)]
-        held_out = [FirstRecords(each.records, count) for each, count in zip(train, skipped) if count]
-        validation = [NamedSource(f"{each.name} (held out)", first) for each, first in zip(train, held_out)]
-    options = {"num_workers": data.preprocessing_num_workers, "show_progress": show_progress}
-    sets = [build_rows(each.records, tokenizer, settings, **options) for each in validation]
-    rows = concatenate(sets)
-    if settings.stage == "pt":
-        rows = pack(rows, tokenizer, settings.max_seq_length)
-    streamed = StreamedRows(
-        train,
-        tokenizer,
-        settings,
-        strategy=data.mix_strategy,
-        probabilities=probabilities,
-        seed=seed,
-        buffer_size=data.buffer_size,
-        skipped=skipped,
-    )
-    names = ", ".join(each.name for each in train)
-    lines = [describe(list(zip(validation, sets)), data, settings.stage, None, rows)] if sets else []
-    unit = "blocks" if settings.stage == "pt" else "rows"
-    how = f", {data.mix_strategy}" if len(train) > 1 else ""
-    lines.append(f"train:      {names}: read while training{how}, shuffled among {data.buffer_size:,} {unit}")
-    return StageData(streamed, rows, "\n".join(lines))
-
-
-def _share_out(total: int, count: int) -> list[int]:
-    return [total // count + (number < total % count) for number in range(count)]
-
-
-def _count_records(source: NamedSource, rows: int, tokenizer: ChatTokenizer, settings: RowSettings) -> int:
-    """How many good records at the start of a source make so many rows.
-
-    Raises:
-        RecordError: They are all there is, or not enough.
-    """
-    if not rows:
-        return 0
-    found = 0
-    for count, located in enumerate(source.records.iterate_located(), 1):
-        if found == rows:
-            return count - 1
-        found += settings.render(tokenizer, located.value).problem is None
-    raise RecordError(
-        f"--val_size would hold out {rows} rows of {source.name}, which leaves nothing to train on; make it smaller"
-    )

@@ -1,143 +1,209 @@
-"""Renders records into chunks of rows, in this process or in several; `datasets` puts the chunks together."""
+"""From records to tables of rows, in this process or in several, and the cache that keeps them.
 
+Rows of large data files are kept (`--tokenized_cache`) under a key of everything that ids and labels follow from: the
+file's content, the data set's entry, the vocabulary, the settings, the programs that read, render and tokenize, and the
+libraries that these use. They are written while they are rendered and read through a memory map, so that a million rows
+take hardly more memory than a thousand.
+
+The table is written with pyarrow and read by `datasets`. `Dataset.from_generator` would take 50 µs a row more, which
+doubles the time that a million rows take; `map(num_proc)` forks a process that runs threads.
+"""
+
+import hashlib
+import inspect
 import itertools
+import json
+import logging
 import multiprocessing
-from collections import deque
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from tqdm import tqdm
 
+from finetune_chatmodel_demo.common.errors import UserError
+from finetune_chatmodel_demo.common.files import hash_file, whole_folder, write_json
 from finetune_chatmodel_demo.conversation.json_files import Located
-from finetune_chatmodel_demo.conversation.records import RecordSource
-from finetune_chatmodel_demo.conversation.render import IGNORED_LABEL, PARTS, ChatTokenizer, Row, RowSettings
+from finetune_chatmodel_demo.conversation.records import RecordError, RecordSource, read_records
+from finetune_chatmodel_demo.conversation.render import ChatTokenizer, RowSettings, TruncationStrategy
+from finetune_chatmodel_demo.conversation.rows import FACTS, PLACE, SEQUENCES, DatasetReport, Rows, make_columns
 
-__all__ = ["DatasetReport", "RenderedChunk", "RowSettings", "render_chunks"]
+if TYPE_CHECKING:
+    import pyarrow
 
-CHUNK_ROWS = 256
+logger = logging.getLogger(__name__)
+
+BATCH_ROWS = 1000
 # Up to here one process is faster: measured, 0.1 ms a row of 80 tokens, and 5 to 10 s until others have started.
 IN_PROCESS_ROWS = 50_000
-CHUNKS_IN_FLIGHT = 4
+BATCHES_IN_FLIGHT = 4
 # Not forked: a fork of a process that runs threads (PyTorch's, a progress bar's) can hang.
 START_METHOD = "spawn"
+# Smaller files are tokenized in a few seconds; measured, 32 MiB of Pokémon conversations are 34,000 rows.
+SMALLEST_CACHED_FILE = 32 * 2**20
+TABLE, FACTS_FILE = "rows.arrow", "facts.json"
+LIBRARIES = ("sentencepiece", "transformers", "pyarrow")
+# What to do where no record became a row, by stage.
+NO_ROW = {
+    "sft": "holds a target: {} records were read, and in none of them does a reply lie within the length limit; raise "
+    "it, or check roles and 'loss'",
+    **dict.fromkeys(
+        ("rm", "dpo"),
+        "is left: {} records were read, and in none of them do question and replies fit into --max_seq_length; raise "
+        "it",
+    ),
+    "ppo": "is left: {} records were read, and in none of them does the newest question fit into --max_seq_length; "
+    "raise it",
+}
 
 
-@dataclass
-class DatasetReport:
-    """What became of the records of one file or data set; `str()` is the line to print.
+def build_dataset(
+    train_format: Literal["multi-turn", "input-output"],
+    path: str | Path,
+    tokenizer: ChatTokenizer,
+    *,
+    max_seq_length: int,
+    max_source_length: int,
+    max_target_length: int,
+    truncation_strategy: TruncationStrategy = "turns",
+    on_bad_record: Literal["error", "skip"] = "error",
+    num_workers: int | None = None,
+    show_progress: bool | None = None,
+) -> Rows:
+    """Reads, validates, renders and cuts the records of a file, for sft.
 
-    Attributes:
-        rows_read: Valid records.
-        rows_bad: Bad records that were skipped.
-        rows_kept: Rows of the dataset.
-        rows_dropped_masked: Records without a target.
-        rows_dropped_long: Records of which the length limit leaves no target, or whose newest question does not fit
-            into it together with the replies.
-        rows_cut: Kept rows that lack something because of a length limit.
-        rows_cut_inside: Those of them that end inside a turn, or hold a cut prompt or response.
-        turns_kept: Turns in the kept rows (0 for input-output).
-        turns_dropped: Whole turns that the kept rows lack.
-        tokens_total: Tokens of the kept rows.
-        tokens_supervised: Those of them that are targets.
+    Args:
+        train_format: What the records are.
+        path: See `read_records`.
+        tokenizer: See `ChatTokenizer`; must be picklable where several processes work.
+        max_seq_length: Most ids of a multi-turn row.
+        max_source_length: Most ids of an input-output prompt, with the two that start the row.
+        max_target_length: Most ids of an input-output response, without eos.
+        truncation_strategy: See `truncate`. With "official" a cut input-output response is followed by eos.
+        on_bad_record: See `read_records`.
+        num_workers: Processes that tokenize, where the file has more than IN_PROCESS_ROWS records.
+        show_progress: Whether to draw a progress bar on stderr; None: where that is a terminal.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        RecordError: A record is bad, or no row is left to train on.
     """
-
-    path: str
-    rows_read: int = 0
-    rows_bad: int = 0
-    rows_kept: int = 0
-    rows_dropped_masked: int = 0
-    rows_dropped_long: int = 0
-    rows_cut: int = 0
-    rows_cut_inside: int = 0
-    turns_kept: int = 0
-    turns_dropped: int = 0
-    tokens_total: int = 0
-    tokens_supervised: int = 0
-
-    def __str__(self) -> str:
-        share = self.tokens_supervised / max(1, self.tokens_total)
-        return (
-            f"{self.path}: {self.rows_kept:,} rows of {self.rows_read + self.rows_bad:,} records "
-            f"({self.rows_bad:,} bad, {self.rows_dropped_masked:,} dropped without a target"
-            f"{f', {self.rows_dropped_long:,} too long' if self.rows_dropped_long else ''}; "
-            f"{self.rows_cut:,} rows cut, {self.rows_cut_inside:,} of them inside a turn, "
-            f"{self.turns_dropped:,} turns left out); "
-            f"{self.tokens_total:,} tokens, {share:.1%} supervised"
-        )
-
-    def count(self, row: Row) -> bool:
-        """Counts what became of one record, except for its tokens; returns whether the row is kept."""
-        self.rows_read += 1
-        if row.problem is not None:
-            self.rows_dropped_masked += row.problem == "masked"
-            self.rows_dropped_long += row.problem == "long"
-            return False
-        self.rows_kept += 1
-        self.rows_cut += row.is_cut_inside or row.turns_dropped > 0
-        self.rows_cut_inside += row.is_cut_inside
-        self.turns_kept += row.turns_kept
-        self.turns_dropped += row.turns_dropped
-        return True
-
-    def add(self, other: "DatasetReport") -> None:
-        """Adds the counts of another part of the same file."""
-        for name, value in asdict(other).items():
-            if name != "path":
-                setattr(self, name, getattr(self, name) + value)
+    records = read_records(path, train_format, on_bad_record)
+    settings = RowSettings(train_format, max_seq_length, max_source_length, max_target_length, truncation_strategy)
+    return build_rows(records, tokenizer, settings, num_workers=num_workers, show_progress=show_progress)
 
 
-@dataclass(frozen=True)
-class RenderedChunk:
-    """Rows one after the other.
+def build_rows(
+    records: RecordSource,
+    tokenizer: ChatTokenizer,
+    settings: RowSettings,
+    *,
+    num_workers: int | None = None,
+    show_progress: bool | None = None,
+    tokenized_cache: str | None = "none",
+) -> Rows:
+    """Renders the records of one source into rows of the stage of `settings`, or finds those that are kept.
 
-    `input_ids` (tokens,) int32; `is_target` (tokens,) bool, 1 where the loss counts; `lengths` (rows, parts) int64;
-    `origins` (rows, 2) int64, number and line of each row's record.
+    Arguments and errors are those of `build_dataset`; `tokenized_cache`: see `find_cache_folder`.
     """
+    import pyarrow as pa
+    from datasets import Dataset
+    from filelock import FileLock
 
-    input_ids: np.ndarray
-    is_target: np.ndarray
-    lengths: np.ndarray
-    origins: np.ndarray
-    report: DatasetReport
+    def render(sink: Any) -> dict[str, Any]:
+        return write_table(records, tokenizer, settings, sink, num_workers or 1, show_progress)
+
+    folder = find_cache_folder(tokenized_cache, records, tokenizer, settings)
+    if folder is None:
+        sink = pa.BufferOutputStream()
+        facts, table = render(sink), Dataset.from_buffer(sink.getvalue())
+    else:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{folder.name}.lock")):  # another run may be making the same rows
+            facts = read_facts(folder)
+            if facts:
+                records.bad_count, records.bad_messages = facts["report"]["rows_bad"], facts["bad_messages"]
+                logger.info("%s was tokenized before: its rows are read from %s", records.path, folder)
+            else:
+                with whole_folder(folder) as partial:
+                    with (partial / TABLE).open("wb") as file:
+                        facts = render(file)
+                    write_json(partial / FACTS_FILE, facts | {"sha256": hash_file(partial / TABLE)})
+                logger.info("the rows of %s are kept in %s for later runs", records.path, folder)
+        table = Dataset.from_file(str(folder / TABLE))
+    report = DatasetReport(**facts["report"] | {"path": str(records.path)})
+    if not report.rows_kept:
+        raise RecordError(f"no row of {records.path} {NO_ROW[settings.stage].format(report.rows_read)}")
+    columns = [table.data.column(name).to_numpy() for name in FACTS]
+    return Rows(settings.stage, table, np.stack([*columns, np.zeros_like(columns[0])]), [records], [report])
 
 
-def render_chunks(
+def write_table(
+    records: RecordSource,
+    tokenizer: ChatTokenizer,
+    settings: RowSettings,
+    sink: Any,
+    num_workers: int = 1,
+    show_progress: bool | None = None,
+) -> dict[str, Any]:
+    """Writes the rows of a source to a binary file as an Arrow stream.
+
+    Returns:
+        `report` (a `DatasetReport` as a dict) and `bad_messages`, what was wrong with the first skipped records.
+    """
+    import pyarrow as pa
+
+    report = DatasetReport(str(records.path))
+    is_disabled = None if show_progress is None else not show_progress
+    with (
+        tqdm(desc=f"Tokenizing {Path(records.path).name}", unit=" rows", disable=is_disabled) as bar,
+        pa.ipc.new_stream(sink, _schema(settings.stage)) as writer,
+    ):
+        for batch, counts in render_batches(records, tokenizer, settings, num_workers):
+            writer.write_batch(batch)
+            report.add(counts)
+            bar.update(counts.rows_read)
+    report.rows_bad = records.bad_count
+    return {"report": asdict(report), "bad_messages": list(records.bad_messages)}
+
+
+def _schema(stage: str) -> "pyarrow.Schema":
+    import pyarrow as pa
+
+    names = dict.fromkeys(SEQUENCES[stage], pa.list_(pa.int32()))
+    names |= {"is_target": pa.list_(pa.bool_())} if stage == "sft" else {}
+    return pa.schema(names | dict.fromkeys(FACTS, pa.int32()) | dict.fromkeys(PLACE, pa.int64()))
+
+
+def render_batches(
     records: RecordSource, tokenizer: ChatTokenizer, settings: RowSettings, num_workers: int
-) -> Iterator[RenderedChunk]:
+) -> Iterator[tuple["pyarrow.RecordBatch", DatasetReport]]:
     """Renders in this process, and where there are to be several, in others from row IN_PROCESS_ROWS on."""
     located = records.iterate_located()
-    first_rows = itertools.islice(located, IN_PROCESS_ROWS) if num_workers > 1 else located
-    for chunk in _batched(first_rows, CHUNK_ROWS):
-        yield _render_chunk(tokenizer, settings, chunk)
-    next_row = next(located, None)
-    if next_row is not None:
-        chunks = _batched(itertools.chain([next_row], located), CHUNK_ROWS)
-        yield from _render_in_processes(chunks, tokenizer, settings, num_workers)
-
-
-def _render_in_processes(
-    chunks: Iterator[list[Located]], tokenizer: ChatTokenizer, settings: RowSettings, num_workers: int
-) -> Iterator[RenderedChunk]:
-    """Keeps a few chunks a worker under way, in order, so that neither records nor rows pile up."""
+    here = itertools.islice(located, IN_PROCESS_ROWS) if num_workers > 1 else located
+    for batch in _batched(here, BATCH_ROWS):
+        yield _render_batch(tokenizer, settings, batch)
+    batches = _batched(located, BATCH_ROWS)
+    under_way = list(itertools.islice(batches, num_workers * BATCHES_IN_FLIGHT))
+    if not under_way:
+        return
     context = multiprocessing.get_context(START_METHOD)
-    with ProcessPoolExecutor(num_workers, context, _start_worker, (tokenizer, settings)) as pool:
-        under_way = deque()
-        try:
-            for chunk in chunks:
-                under_way.append(pool.submit(_render_chunk_in_worker, chunk))
-                if len(under_way) >= num_workers * CHUNKS_IN_FLIGHT:
-                    yield under_way.popleft().result()
-            while under_way:
-                yield under_way.popleft().result()
-        except BrokenProcessPool as error:
-            raise RuntimeError(
-                f"one of {num_workers} tokenizing processes died, perhaps for want of memory; "
-                "try --preprocessing_num_workers 1"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+    try:
+        with ProcessPoolExecutor(num_workers, context, _start_worker, (tokenizer, settings)) as pool:
+            while under_way:  # a few batches a worker, so that neither records nor rows pile up
+                yield from pool.map(_render_in_worker, under_way)
+                under_way = list(itertools.islice(batches, num_workers * BATCHES_IN_FLIGHT))
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"one of {num_workers} tokenizing processes died, perhaps for want of memory; "
+            "try --preprocessing_num_workers 1"
+        ) from error
 
 
 _worker_state: tuple[ChatTokenizer, RowSettings]
@@ -148,29 +214,81 @@ def _start_worker(tokenizer: ChatTokenizer, settings: RowSettings) -> None:
     _worker_state = (tokenizer, settings)
 
 
-def _render_chunk_in_worker(chunk: list[Located]) -> RenderedChunk:
-    return _render_chunk(*_worker_state, chunk)
+def _render_in_worker(located: list[Located]) -> tuple["pyarrow.RecordBatch", DatasetReport]:
+    return _render_batch(*_worker_state, located)
 
 
-def _render_chunk(tokenizer: ChatTokenizer, settings: RowSettings, chunk: list[Located]) -> RenderedChunk:
-    report = DatasetReport(path="")
-    kept: list[tuple[Located, Row]] = []
-    for located in chunk:
-        row = settings.render(tokenizer, located.value)
+def _render_batch(
+    tokenizer: ChatTokenizer, settings: RowSettings, located: list[Located]
+) -> tuple["pyarrow.RecordBatch", DatasetReport]:
+    import pyarrow as pa
+
+    report, kept = DatasetReport(path=""), []
+    for each in located:
+        row = settings.render(tokenizer, each.value)
         if report.count(row):
-            kept.append((located, row))
-    ids = itertools.chain.from_iterable(itertools.chain.from_iterable(row.parts for _, row in kept))
-    input_ids = np.fromiter(ids, dtype=np.int32)
-    labels = np.fromiter(itertools.chain.from_iterable(row.labels for _, row in kept), dtype=np.int32)
-    is_target = labels != IGNORED_LABEL
-    report.tokens_total, report.tokens_supervised = len(input_ids), int(is_target.sum())
-    lengths = np.array([[len(part) for part in row.parts] for _, row in kept], dtype=np.int64)
-    origins = np.array([(located.number, located.line) for located, _ in kept], dtype=np.int64)
-    return RenderedChunk(input_ids, is_target, lengths.reshape(-1, PARTS[settings.stage]), origins, report)
+            kept.append(make_columns(settings.stage, row) | {"number": each.number, "line": each.line})
+    return pa.RecordBatch.from_pylist(kept, schema=_schema(settings.stage)), report
 
 
-def _batched(items: Iterable[Located], size: int) -> Iterator[list[Located]]:
+def _batched(items: Iterator[Located], size: int) -> Iterator[list[Located]]:
     """Lists of `size` items (itertools.batched needs Python 3.12)."""
-    iterator = iter(items)
-    while batch := list(itertools.islice(iterator, size)):
+    while batch := list(itertools.islice(items, size)):
         yield batch
+
+
+def find_cache_folder(option: str | None, records: RecordSource, tokenizer: Any, settings: RowSettings) -> Path | None:
+    """Where the rows of a source are, or will be, kept.
+
+    Args:
+        option: --tokenized_cache: a folder, "none", or None: the user's cache folder, for large files only.
+        records: The source; one that is not a file is never kept.
+        tokenizer: One with a vocabulary file, `vocab_file`.
+        settings: How a record becomes a row.
+
+    Returns:
+        The folder of these rows; None: they are not kept.
+    """
+    path, vocabulary = Path(records.path), getattr(tokenizer, "vocab_file", None)
+    if option == "none" or not path.is_file() or vocabulary is None:
+        return None
+    if option is None and path.stat().st_size < SMALLEST_CACHED_FILE:
+        return None
+    programs = [hash_program(Path(file).parent) for file in (__file__, inspect.getfile(type(tokenizer)))]
+    versions = [version(name) for name in LIBRARIES]
+    parts = [
+        records.fingerprint(),
+        records.limit,
+        hash_file(path),
+        hash_file(Path(vocabulary)),
+        settings,
+        *programs,
+        *versions,
+    ]
+    key = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:32]
+    return (Path(option) if option else default_cache()) / key
+
+
+def default_cache() -> Path:
+    """The user's cache folder: $XDG_CACHE_HOME, else ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "chatglm3-finetuning" / "rows"
+
+
+def hash_program(folder: Path) -> str:
+    """Of the programs of a room: what another version rendered is not used."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))).hexdigest()
+
+
+def read_facts(folder: Path) -> dict[str, Any] | None:
+    """What `write_table` said of the rows that are kept in a folder; None where there are none, or damaged ones."""
+    try:
+        facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+        is_whole = facts["sha256"] == hash_file(folder / TABLE)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        is_whole = False
+    if not is_whole:
+        logger.warning("%s is damaged (its sum is another one); the rows are made anew", folder)
+    return facts if is_whole else None

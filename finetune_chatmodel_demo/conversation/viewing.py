@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from finetune_chatmodel_demo.conversation.mixing import RowView
 from finetune_chatmodel_demo.conversation.packing import PackedDataset
 from finetune_chatmodel_demo.conversation.render import IGNORED_LABEL
 
@@ -82,9 +81,9 @@ def summarize(dataset: Any) -> dict[str, str]:
     is_blocks = isinstance(dataset, PackedDataset)
     if is_blocks:
         facts["rows"] = f"{report.rows_kept:,} blocks of {len(dataset.documents):,} documents"
-    elif isinstance(dataset, RowView):
-        facts["rows"] = f"{report.rows_kept:,}, out of {sum(map(len, dataset.datasets)):,}"
-    if is_blocks or isinstance(dataset, RowView):
+    elif not dataset.is_whole:
+        facts["rows"] = f"{report.rows_kept:,}, out of {sum(each.rows_kept for each in dataset.reports):,}"
+    if is_blocks or not dataset.is_whole:
         # Counted for whole data sets, in the table; here are some of their rows, or some more than once.
         del facts["dropped"], facts["turns"], facts["truncated"]
     if not report.tokens_supervised:
