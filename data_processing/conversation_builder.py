@@ -8,7 +8,7 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
-from data_processing.conversation_template import Phrase, Question, Template
+from data_processing.template import Phrase, Question, Template
 
 
 def build_conversations(

@@ -7,9 +7,19 @@ Exercised by `python data_processing/data_processing.py`.
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_processing.common import DataError, find_input
+from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.conversation.csv_files import CSVFile
-from finetune_chatmodel_demo.conversation.json_files import RecordError, SkipsBadRecords
+from finetune_chatmodel_demo.conversation.json_files import SkipsBadRecords
+
+
+def check_input(path: str | Path) -> Path:
+    """Raises a UserError where `path` is not a readable, non-empty file."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}; name an input file")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path} is empty (0 bytes)")
+    return path
 
 
 class CsvRows(SkipsBadRecords):
@@ -24,20 +34,16 @@ class CsvRows(SkipsBadRecords):
         bytes_read: position in the file, for a progress bar.
 
     Raises:
-        DataError: empty file, no data rows, duplicate names in the header, ragged rows.
-        RecordError: unknown encoding.
+        UserError: empty file, unknown encoding, no data rows, duplicate names in the header, ragged rows.
     """
 
     def __init__(self, path: str | Path, on_bad_record: str = "error") -> None:
-        self.path = find_input(path)
+        self.path = check_input(path)
         self.on_bad_record = on_bad_record
         self.forget_bad()
         self._file = CSVFile(self.path)
         self.encoding = self._file.encoding
-        try:
-            self.columns = [name for name in self._file.header if name]
-        except RecordError as error:
-            raise DataError(str(error)) from None
+        self.columns = [name for name in self._file.header if name]
 
     @property
     def bytes_read(self) -> int:
@@ -45,20 +51,14 @@ class CsvRows(SkipsBadRecords):
         return self._file.bytes_read
 
     def __iter__(self) -> Iterator[dict[str, str]]:
-        is_empty = True
-        try:
-            for row in self._file.values():
-                is_empty = False
-                if row.problem is None:
-                    yield {name: cell.strip() for name, cell in row.value.items()}
-                else:
-                    self._report_ragged(f"{self.path} line {row.line}: {row.problem}")
-        except RecordError as error:
-            raise DataError(str(error)) from None
-        if is_empty:
-            raise DataError(f"{self.path} has a header and no rows; add at least one row")
-
-    def _report_ragged(self, message: str) -> None:
-        if self.on_bad_record == "error":
-            raise DataError(f"{message}, or pass --on_bad_record skip")
-        self.note_bad(message)
+        row = None
+        for row in self._file.values():
+            if row.problem is None:
+                yield {name: cell.strip() for name, cell in row.value.items()}
+                continue
+            message = f"{self.path} line {row.line}: {row.problem}"
+            if self.on_bad_record == "error":
+                raise UserError(f"{message}, or pass --on_bad_record skip")
+            self.note_bad(message)
+        if row is None:
+            raise UserError(f"{self.path} has a header and no rows; add at least one row")

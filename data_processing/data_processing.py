@@ -7,21 +7,40 @@ pokemon_conversations_validation.json, in phrasings that training never shows. N
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the rooms are packages; this folder is not on the path
 
 import argparse
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from data_processing.common import DataError, JsonArrayWriter, run_entry, whole_files
+from finetune_chatmodel_demo.common.cli import run_program
+from finetune_chatmodel_demo.common.errors import UserError
+from finetune_chatmodel_demo.common.files import whole_files
 
 if TYPE_CHECKING:
-    from data_processing.conversation_template import Template
     from data_processing.csv_rows import CsvRows
+    from data_processing.template import Template
 
 HERE = Path(__file__).resolve().parent
+
+
+class JsonArrayWriter:
+    """Writes a JSON array record by record; `close` writes its end (the file itself stays open)."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self.file, self.separator = file, "[\n"
+
+    def extend(self, records: list[dict[str, Any]]) -> None:
+        for record in records:
+            self.file.write(self.separator + json.dumps(record, ensure_ascii=False))
+            self.separator = ",\n"
+
+    def close(self) -> None:
+        self.file.write("\n]\n")
 
 
 @dataclass
@@ -73,7 +92,7 @@ def convert(
         hold_out: share of the rows to leave out (`holding_out.is_held_out`).
 
     Raises:
-        DataError: anything wrong with the CSV, the template or the paths; nothing is written then.
+        UserError: anything wrong with the CSV, the template or the paths; nothing is written then.
     """
     from data_processing.conversation_builder import build_conversations
     from data_processing.holding_out import check_share, is_held_out, subject_name
@@ -82,7 +101,7 @@ def convert(
     template.check_columns(rows.columns, rows.path)
     for path in outputs.values():
         if path.resolve() in (rows.path.resolve(), template.path.resolve()):
-            raise DataError(f"the output {path} is also an input; name another output")
+            raise UserError(f"the output {path} is also an input; name another output")
     summary = Summary()
     with whole_files(*outputs.values()) as files:
         writers = {split: JsonArrayWriter(file) for split, file in zip(outputs, files)}
@@ -100,14 +119,13 @@ def convert(
             summary.rows_too_empty += not records["train"]
             for split, found in records.items():
                 summary.add(split, found)
-                for record in found:
-                    writers[split].append(record)
+                writers[split].extend(found)
         for writer in writers.values():
             writer.close()
         summary.rows_bad = rows.bad_count
-        if not writers["train"].count:
+        if not summary.conversations["train"]:
             reason = f"no row of {rows.path} gave a conversation ({summary})"
-            raise DataError(f"{reason}; check `where` and `turns` in {template.path}")
+            raise UserError(f"{reason}; check `where` and `turns` in {template.path}")
     return summary
 
 
@@ -169,6 +187,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Converts, and prints what was read and written."""
     options = parse_arguments(arguments)
+    from data_processing.converting import tell_skipped
     from data_processing.csv_rows import CsvRows
     from data_processing.template_reader import load_template
 
@@ -178,19 +197,18 @@ def main(arguments: list[str] | None = None) -> None:
         beside = options.output.with_name(f"{options.output.stem}_validation{options.output.suffix}")
         outputs["validation"] = options.validation_output or beside
     elif options.validation_output:
-        raise DataError(
+        raise UserError(
             f"{options.template} makes no validation conversations (validation_conversations_per_row is 0), "
             "so --validation_output would stay empty; leave it out, or add `validation` phrasings"
         )
     rows = CsvRows(options.input, options.on_bad_record)
     chosen = {"seed": options.seed, "limit": options.limit, "hold_out": options.hold_out}
     summary = convert(rows, template, outputs, **chosen, progress=True)
-    for message in rows.bad_messages:
-        print(f"skipped: {message}", file=sys.stderr)
+    tell_skipped(rows)
     print(summary)
     for split, path in outputs.items():
         print(f"{split} → {path}")
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    sys.exit(run_program(main, interrupted="interrupted: no output was written"))

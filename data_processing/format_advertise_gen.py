@@ -6,13 +6,14 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the rooms are packages; this folder is not on the path
 
 from collections.abc import Iterator
 from typing import Any
 
-from data_processing.common import parse_format_arguments, run_entry, write_records
-from data_processing.converting import ConvertedRecords
+from data_processing.converting import ConvertedRecords, parse_arguments, write_records
+from finetune_chatmodel_demo.common.cli import run_program
 from finetune_chatmodel_demo.conversation.records import validate_input_output
 
 
@@ -23,11 +24,11 @@ def convert(entry: dict[str, Any], where: str) -> Iterator[tuple[str, dict[str, 
 
 def main(arguments: list[str] | None = None) -> None:
     """Converts every line, and prints the counts."""
-    options = parse_format_arguments(arguments, __doc__, "advertise_gen.jsonl")
+    options = parse_arguments(arguments, __doc__, "advertise_gen.jsonl")
     keys = ("content", "summary")
     records = ConvertedRecords(options.path, keys, convert, validate_input_output, options.on_bad_record)
     write_records(records, options.output)
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    sys.exit(run_program(main, interrupted="interrupted: no output was written"))

@@ -18,14 +18,15 @@ as the original does; `--on_bad_record error` stops at the first.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the rooms are packages; this folder is not on the path
 
 import json
 from collections.abc import Iterator
 from typing import Any
 
-from data_processing.common import parse_format_arguments, run_entry, write_records
-from data_processing.converting import ConvertedRecords
+from data_processing.converting import ConvertedRecords, parse_arguments, write_records
+from finetune_chatmodel_demo.common.cli import run_program
 from finetune_chatmodel_demo.conversation.records import RecordError, validate_conversation
 
 
@@ -58,11 +59,11 @@ def convert_instance(instance: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Converts every instance, and prints the counts."""
-    options = parse_format_arguments(arguments, __doc__, "tool_alpaca.jsonl", on_bad_record="skip")
+    options = parse_arguments(arguments, __doc__, "tool_alpaca.jsonl", on_bad_record="skip")
     keys = ("NLDocumentation", "Instances")
     records = ConvertedRecords(options.path, keys, convert, validate_conversation, options.on_bad_record)
     write_records(records, options.output)
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    sys.exit(run_program(main, interrupted="interrupted: no output was written"))

@@ -6,8 +6,8 @@
 import hashlib
 from collections.abc import Mapping
 
-from data_processing.common import DataError
-from data_processing.conversation_template import Template
+from data_processing.template import Template
+from finetune_chatmodel_demo.common.errors import UserError
 
 
 def subject_name(template: Template, row: Mapping[str, str]) -> str:
@@ -20,9 +20,9 @@ def subject_name(template: Template, row: Mapping[str, str]) -> str:
 
 
 def check_share(share: float, flag: str = "--hold_out") -> None:
-    """Raises a DataError where `share` leaves nothing to train on, or is no share."""
+    """Raises a UserError where `share` leaves nothing to train on, or is no share."""
     if not 0 <= share < 1:
-        raise DataError(f"{flag} {share}: expected a share from 0 to below 1, e.g. 0.2")
+        raise UserError(f"{flag} {share}: expected a share from 0 to below 1, e.g. 0.2")
 
 
 def is_held_out(name: str, share: float) -> bool:

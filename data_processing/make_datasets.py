@@ -8,7 +8,8 @@ written by hand.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the rooms are packages; this folder is not on the path
 
 import argparse
 import json
@@ -17,15 +18,18 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from data_processing import dataset_wordings as wordings
-from data_processing.common import run_entry, whole_files
+from data_processing.holding_out import is_held_out
+from finetune_chatmodel_demo.common.cli import run_program
+from finetune_chatmodel_demo.common.files import whole_files
 
 if TYPE_CHECKING:
-    from data_processing.conversation_template import Question, Template
+    from data_processing.template import Question, Template
 
 HERE = Path(__file__).resolve().parent
-NAME, NUMBER = "姓名", "编号"
-# Every fifth Pokémon is in the validation sets alone. The conversations hold out wordings instead, as their template.
-HELD_OUT_EVERY = 5
+NAME = "姓名"
+# This share of the Pokémon is in the validation sets alone, the one that `evaluate.py --hold_out 0.2` asks about. The
+# conversations and tool calls hold out wordings instead.
+HELD_OUT_SHARE = 0.2
 CONVERSATIONS_PER_ROW = {"train": 2, "validation": 1}
 # Pairs: of five columns of each Pokémon, two pairs for training; of two of these, another for validation.
 PREFERENCE_COLUMNS = 5
@@ -50,23 +54,22 @@ def make_datasets(facts: list[Row], template: "Template", seed: int) -> dict[str
         file name → its text.
     """
     files = {}
+    known = [row for row in facts if not is_held_out(row[NAME], HELD_OUT_SHARE)]
+    unseen = [row for row in facts if is_held_out(row[NAME], HELD_OUT_SHARE)]
     for split, ending in (("train", ""), ("validation", "_validation")):
-        rows = [row for row in facts if is_held_out(row) == (split == "validation")]
+        rows = known if split == "train" else unseen
         files[f"pokemon{ending}.jsonl"] = to_lines(conversations(facts, template, split, seed))
         files[f"pokemon_text{ending}.jsonl"] = to_lines(documents(rows, split, seed))
         files[f"pokemon_tools{ending}.jsonl"] = to_lines(tool_calls(facts, split, seed))
-    known, unseen = ([row for row in facts if is_held_out(row) == wanted] for wanted in (False, True))
+    known, unseen = (
+        [row for row in facts if is_held_out(row[NAME], HELD_OUT_SHARE) == wanted] for wanted in (False, True)
+    )
     files["pokemon_preference.jsonl"] = to_lines(preferences(known, template, "train", seed))
     files["pokemon_preference_validation.jsonl"] = to_lines(preferences(known, template, "validation", seed))
     files["pokemon_preference_unseen.jsonl"] = to_lines(preferences(unseen, template, "unseen", seed))
     texts = [record["text"] for record in documents(facts, "sample", seed)][:SAMPLE_DOCUMENTS]
     files["pretraining_sample.csv"] = "".join(f"{line}\n" for line in ["text", *texts])
     return files
-
-
-def is_held_out(row: Row) -> bool:
-    """Whether a Pokémon belongs to the validation sets."""
-    return int(row[NUMBER]) % HELD_OUT_EVERY == 0
 
 
 def conversations(rows: list[Row], template: "Template", split: str, seed: int) -> Iterator[dict[str, Any]]:
@@ -183,4 +186,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    sys.exit(run_program(main, interrupted="interrupted: no output was written"))

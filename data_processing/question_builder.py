@@ -6,11 +6,12 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the rooms are packages; this folder is not on the path
 
 import argparse
 
-from data_processing.common import run_entry
+from finetune_chatmodel_demo.common.cli import run_program
 
 HERE = Path(__file__).resolve().parent
 
@@ -56,4 +57,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    sys.exit(run_program(main, interrupted="interrupted: no output was written"))

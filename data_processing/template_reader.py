@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from data_processing.common import DataError, did_you_mean, find_input
-from data_processing.conversation_template import (
+from data_processing.csv_rows import check_input
+from data_processing.template import (
     COMPARISONS,
     Answer,
     Condition,
@@ -21,6 +21,7 @@ from data_processing.conversation_template import (
     Template,
     normal_form,
 )
+from finetune_chatmodel_demo.common.errors import UserError, did_you_mean
 
 TOKEN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
@@ -43,16 +44,16 @@ def load_template(path: str | Path) -> Template:
     """Reads and checks a template.
 
     Raises:
-        DataError: not YAML, unknown or missing keys, wrong types, broken placeholders, a phrasing that stands in
+        UserError: not YAML, unknown or missing keys, wrong types, broken placeholders, a phrasing that stands in
             both pools, a question that cannot open a conversation.
     """
-    path = find_input(path)
+    path = check_input(path)
     try:
         data = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_StrictLoader)
     except yaml.YAMLError as error:
-        raise DataError(f"{path} is not valid YAML: {error}") from None
+        raise UserError(f"{path} is not valid YAML: {error}") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from None
+        raise UserError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from None
     return _TemplateReader(path).read(data)
 
 
@@ -62,8 +63,8 @@ class _TemplateReader:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def fail(self, place: str, message: str) -> DataError:
-        return DataError(f"{self.path} at {place}: {message}" if place else f"{self.path}: {message}")
+    def fail(self, place: str, message: str) -> UserError:
+        return UserError(f"{self.path} at {place}: {message}" if place else f"{self.path}: {message}")
 
     def read(self, data: Any) -> Template:
         required = {"turns", "questions"}

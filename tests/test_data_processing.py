@@ -12,10 +12,11 @@ from conftest import read_light_help
 
 from data_processing import data_processing as program
 from data_processing import format_advertise_gen, format_tool_alpaca, format_tool_poke
-from data_processing.common import DataError, whole_files
 from data_processing.conversation_builder import build_conversations
 from data_processing.csv_rows import CsvRows
 from data_processing.template_reader import load_template
+from finetune_chatmodel_demo.common.errors import UserError
+from finetune_chatmodel_demo.common.files import whole_files
 from finetune_chatmodel_demo.conversation.records import RecordError, validate_conversation
 
 ROOM = Path(program.__file__).resolve().parent
@@ -353,7 +354,7 @@ GOOD = small(turns=1)
     ],
 )
 def test_template_errors(tmp_path, template, expected):
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         convert(tmp_path, "a,b,c,d\nA,B,1,D\n", template)
     message = str(error.value).replace(str(tmp_path / "template.yaml"), "TEMPLATE")
     assert expected in message
@@ -379,7 +380,7 @@ def test_template_errors(tmp_path, template, expected):
     ],
 )
 def test_csv_errors(tmp_path, text, expected):
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         convert(tmp_path, text, GOOD)
     assert expected in str(error.value)
     assert "rows.csv" in str(error.value)
@@ -387,7 +388,7 @@ def test_csv_errors(tmp_path, text, expected):
 
 
 def test_unknown_column_names_the_csv_columns(tmp_path):
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         convert(tmp_path, "a,b,c\nA,B,1\n", GOOD)
     assert "the CSV has: a, b, c" in str(error.value)
 
@@ -423,7 +424,7 @@ def test_ragged_rows_are_skipped_on_request(tmp_path, capsys):
 
 def test_a_failed_run_leaves_the_old_output_alone(tmp_path):
     (tmp_path / "out.json").write_text("old", encoding="utf-8")
-    with pytest.raises(DataError):
+    with pytest.raises(UserError):
         convert(tmp_path, "a,b,c,d\n" + "A,B,1,D\n" * 2000 + "A,B\n", GOOD)
     assert (tmp_path / "out.json").read_text(encoding="utf-8") == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "rows.csv", "template.yaml"]
@@ -453,7 +454,7 @@ def test_path_errors(tmp_path, monkeypatch, arguments, expected):
     monkeypatch.chdir(tmp_path)
     Path("rows.csv").write_text("a,b,c,d\nA,B,1,D\n", encoding="utf-8")
     Path("template.yaml").write_text(GOOD, encoding="utf-8")
-    with pytest.raises(DataError, match=expected):
+    with pytest.raises(UserError, match=expected):
         program.main(["--input", "rows.csv", "--template", "template.yaml", *arguments])
     assert Path("rows.csv").read_text(encoding="utf-8") == "a,b,c,d\nA,B,1,D\n"
 
@@ -512,11 +513,11 @@ def test_from_csv_to_jsonl_by_the_commands(tmp_path):
     ]
 
 
-def test_a_mistake_is_one_line_and_status_1(tmp_path):
-    result = run("data_processing.py", "--input", "nothing.csv", cwd=tmp_path)
-    assert (result.returncode, result.stderr) == (1, "error: nothing.csv does not exist; name an input file\n")
-    result = run("format_tool_poke.py", "--path", "nothing.json", cwd=tmp_path)
-    assert (result.returncode, result.stderr) == (1, "error: nothing.json does not exist; name an input file\n")
+def test_a_mistake_is_one_line_and_status_2(tmp_path):
+    for script, flag, name in (("data_processing.py", "--input", "x.csv"), ("format_tool_poke.py", "--path", "x.json")):
+        result = run(script, flag, name, cwd=tmp_path)
+        message = f"{script}: error: {name} does not exist; name an input file\n"
+        assert (result.returncode, result.stderr) == (2, message)
 
 
 @pytest.mark.parametrize(
@@ -547,7 +548,7 @@ def test_poke_counts_bad_records(tmp_path, capsys, monkeypatch):
     ]
     assert "x.json record 2" in captured.err and "role 'bot' is unknown" in captured.err
     assert Path("y.jsonl").read_text(encoding="utf-8") == (json.dumps(good, ensure_ascii=False) + "\n") * 2
-    with pytest.raises(DataError, match="is the file to read"):
+    with pytest.raises(UserError, match="is the file to read"):
         format_tool_poke.main(["--path", "y.jsonl", "--output", "./y.jsonl"])
 
 

@@ -461,7 +461,7 @@ def test_runs_with_another_objective_are_noted(model, data, tmp_path, capsys):
     ids=["freeze", "full"],
 )
 def test_true_answers_are_preferred_in_held_out_pairs(options, steps, tiny_folder, tmp_path):
-    """On the embedded model, which knows the facts, seed 1; 242 pairs in other words and with other false answers.
+    """On the embedded model, which knows the facts, seed 1; 226 pairs in other words and with other false answers.
 
     A pair counts as preferred when the policy has moved away from the reference in favour of the true answer. The
     proofs of ptuning and lora are in test_proofs.py.

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from data_processing import data_processing, question_builder
-from data_processing.common import DataError
-from data_processing.conversation_template import normal_form
 from data_processing.csv_rows import CsvRows
 from data_processing.holding_out import is_held_out
+from data_processing.template import normal_form
 from data_processing.template_reader import load_template
 from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.evaluation.judge import check_reply
@@ -310,7 +309,7 @@ def test_mistakes_in_declarations_are_named(tmp_path, declared, message):
     start, end = text.index("evaluation:\n"), text.index("questions:\n")
     path = tmp_path / "template.yaml"
     path.write_text(f"{text[:start]}evaluation: {{{declared}}}\n{text[end:]}", encoding="utf-8")
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         read_and_build(DATA, path, BuildOptions(count=1))
     assert message in str(error.value)
 
@@ -324,7 +323,7 @@ def test_mistakes_in_declarations_are_named(tmp_path, declared, message):
     ],
 )
 def test_impossible_options(options, message):
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UserError, match=message):
         read_and_build(DATA, KANTO, options)
 
 

@@ -20,6 +20,7 @@ from finetune_chatmodel_demo.conversation import source_files
 from finetune_chatmodel_demo.conversation.json_files import RecordError
 from finetune_chatmodel_demo.conversation.registry import RegistryError, read_registry
 from finetune_chatmodel_demo.conversation.sources import DatasetSource, open_dataset
+from finetune_chatmodel_demo.evaluation.question_building import BuildOptions, read_and_build
 
 ROWS = [{"instruction": f"问{i}", "input": "", "output": f"答{i}"} for i in range(4)]
 TEXT_KEYS = ("instruction", "input", "output")
@@ -604,13 +605,13 @@ OWN = REPOSITORY / "data_processing" / "datasets"
 COUNTS = {
     "pokemon": 302,
     "pokemon_validation": 151,
-    "pokemon_preference": 1210,
-    "pokemon_preference_validation": 242,
-    "pokemon_preference_unseen": 150,
+    "pokemon_preference": 1130,
+    "pokemon_preference_validation": 226,
+    "pokemon_preference_unseen": 190,
     "pokemon_preference_small": 400,
     "pokemon_preference_small_validation": 80,
-    "pokemon_text": 242,
-    "pokemon_text_validation": 30,
+    "pokemon_text": 226,
+    "pokemon_text_validation": 38,
     "pokemon_tools": 453,
     "pokemon_tools_validation": 151,
     "alpaca_sample": 6,
@@ -670,7 +671,23 @@ def test_pokemon_preferences_are_true_and_false_of_the_facts():
     assert len(pairs[""]) == COUNTS["pokemon_preference"]
     assert names["_validation"] <= names[""] and not pairs["_validation"] & pairs[""]
     assert {chosen for chosen, _ in pairs["_validation"]} <= {chosen for chosen, _ in pairs[""]}
-    assert len(names["_unseen"]) == 30 and not names["_unseen"] & names[""]
+    assert len(names["_unseen"]) == 38 and not names["_unseen"] & names[""]
+
+
+def test_the_same_pokemon_are_held_out_of_data_sets_and_by_evaluate():
+    """`evaluate.py --hold_out 0.2` asks about nobody that the pairs or documents of training are about."""
+    data = REPOSITORY / "data_processing"
+    options = BuildOptions(count=1, hold_out=0.2)
+    questions = read_and_build(data / "data.csv", data / "templates" / "pokemon_kanto.yaml", options)
+    held_out = tuple(questions.notes["held_out"])
+    assert len(held_out) == 38
+    registry = read_registry(OWN)
+    for name in ("pokemon_preference", "pokemon_preference_validation"):
+        pairs = open_dataset(registry[name], OWN, "preference")
+        assert not [record for record in pairs if record["chosen"]["content"].startswith(held_out)]
+    texts = [record["text"] for record in open_dataset(registry["pokemon_text"], OWN, "text")]
+    endings = [f"{start}{name}{end}" for name in held_out for start, end in (("关于", "的记录"), ("", "的这一页就"))]
+    assert not [text for text in texts if any(ending in text for ending in endings)]
 
 
 def test_the_small_preference_sets_are_about_the_same_pokemon():
@@ -688,7 +705,7 @@ def test_pokemon_of_the_validation_documents_are_not_trained():
         split: "".join(record["text"] for record in open_dataset(registry[f"pokemon_text{split}"], OWN, "text"))
         for split in ("", "_validation")
     }
-    names = ("小火龙", "火恐龙")
+    names = ("小火龙", "喷火龙")
     assert [f"{name}的" in texts[""] for name in names] == [True, False]
     assert [f"{name}的" in texts["_validation"] for name in names] == [False, True]
 

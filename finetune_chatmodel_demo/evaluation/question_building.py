@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_processing.common import DataError
 from data_processing.conversation_builder import say
-from data_processing.conversation_template import Phrase, Template, normal_form
 from data_processing.csv_rows import CsvRows
 from data_processing.holding_out import check_share
+from data_processing.template import Phrase, Template, normal_form
 from data_processing.template_reader import load_template
+from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.evaluation.facts import FactTable, normalize
 from finetune_chatmodel_demo.evaluation.question_pool import Askable, QuestionPool, build_fact_table
 from finetune_chatmodel_demo.evaluation.questions import (
@@ -60,7 +60,7 @@ def build_questions(template: "Template", rows: Sequence[dict[str, str]], option
         rows: all rows of the CSV.
 
     Raises:
-        DataError: nothing can be asked, or a group is unknown.
+        UserError: nothing can be asked, or a group is unknown.
     """
     from finetune_chatmodel_demo.evaluation.question_building import DialogueBuilder
     from finetune_chatmodel_demo.evaluation.question_pool import QuestionPool
@@ -72,10 +72,10 @@ def build_questions(template: "Template", rows: Sequence[dict[str, str]], option
 
     check_share(options.hold_out)
     if options.count < 1:
-        raise DataError(f"the number of questions is {options.count}; expected 1 or more")
+        raise UserError(f"the number of questions is {options.count}; expected 1 or more")
     groups = GROUPS if options.groups is None else options.groups
     if unknown := set(groups) - set(GROUPS):
-        raise DataError(f"unknown group of questions {min(unknown)!r}; use {', '.join(GROUPS)}")
+        raise UserError(f"unknown group of questions {min(unknown)!r}; use {', '.join(GROUPS)}")
     table = build_fact_table(template, rows)
     pool = QuestionPool(template, table, rows, options.hold_out)
     dialogues = []
@@ -91,7 +91,7 @@ def build_questions(template: "Template", rows: Sequence[dict[str, str]], option
         builder = DialogueBuilder(template, table, pool, random.Random(f"{options.seed}|{MULTI_TURN}"))
         dialogues += builder.build(options.count)
     if not dialogues:
-        raise DataError(f"{template.path}: no question of the template can be asked and checked; {pool.report()}")
+        raise UserError(f"{template.path}: no question of the template can be asked and checked; {pool.report()}")
     notes = {
         "template": str(template.path),
         "seed": options.seed,
@@ -109,7 +109,7 @@ def read_and_build(
     """`build_questions` from files.
 
     Raises:
-        DataError: anything wrong with the CSV, the template or the options.
+        UserError: anything wrong with the CSV, the template or the options.
     """
 
     template = load_template(template_path)

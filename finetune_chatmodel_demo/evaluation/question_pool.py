@@ -8,10 +8,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from data_processing.common import DataError
 from data_processing.conversation_builder import find_answers, is_filled, say
-from data_processing.conversation_template import Phrase, Question, Template
 from data_processing.holding_out import is_held_out, subject_name
+from data_processing.template import Phrase, Question, Template
 from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.evaluation.facts import (
     FactTable,
@@ -179,18 +178,18 @@ def build_fact_table(template: Template, rows: Sequence[Row]) -> FactTable:
             which uses them is found out, and are not asked about.
 
     Raises:
-        DataError: a declaration contradicts the cells, or no question names a column.
+        UserError: a declaration contradicts the cells, or no question names a column.
     """
     columns = list(dict.fromkeys(question.column for question in template.questions if question.column))
     unknown = [column for column in template.evaluation.fields if column not in columns]
     if unknown:
-        raise DataError(f"{template.path} at evaluation.fields.{unknown[0]}: no question has this column")
+        raise UserError(f"{template.path} at evaluation.fields.{unknown[0]}: no question has this column")
     if not columns:
-        raise DataError(f"{template.path}: no question has a `column`, so no answer can be checked against a cell")
+        raise UserError(f"{template.path}: no question has a `column`, so no answer can be checked against a cell")
     try:
         fields = {column: _build_field(template, column, [row[column] for row in rows]) for column in columns}
     except UserError as error:
-        raise DataError(f"{template.path}: {error}") from None
+        raise UserError(f"{template.path}: {error}") from None
     fields = {column: _with_related_words(field, fields) for column, field in fields.items()}
     doubled = _doubled_names(template, rows)
     cells = {}

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from data_processing.common import DataError, did_you_mean
+from finetune_chatmodel_demo.common.errors import UserError, did_you_mean
 
 SPLITS = ("train", "validation")
 COMPARISONS = ("not", "at_least", "at_most")
@@ -130,10 +130,10 @@ class Template:
         return any(opening.names <= phrase.names for opening in self.subject.opening)
 
     def check_columns(self, columns: list[str], csv_path: Path) -> None:
-        """Raises a DataError that names every column of the template that the CSV does not have."""
+        """Raises a UserError that names every column of the template that the CSV does not have."""
         own = {self.subject.placeholder} if self.subject else set()
         if own & set(columns):
-            raise DataError(
+            raise UserError(
                 f"{self.path}: subject.placeholder '{self.subject.placeholder}' is also a column of "
                 f"{csv_path}; use another word for the placeholder"
             )
@@ -143,10 +143,10 @@ class Template:
                 missing.setdefault(name, place)
         if missing:
             lines = [
-                f"  '{name}' (in {self.path} at {place}){did_you_mean(name, [*columns, *own])}"
+                f"  '{name}' (in {self.path} at {place}){did_you_mean(name, [*columns, *own], cutoff=0.6)}"
                 for name, place in missing.items()
             ]
-            raise DataError(
+            raise UserError(
                 f"{csv_path} lacks {len(missing)} column(s) that the template names:\n"
                 + "\n".join(lines)
                 + f"\n  the CSV has: {', '.join(columns)}"
