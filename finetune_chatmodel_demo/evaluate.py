@@ -53,8 +53,9 @@ if not __package__:  # run as a script: find the package, and let nothing in its
     _folder = Path(__file__).resolve().parent
     sys.path[:] = [str(_folder.parent), *(entry for entry in sys.path if entry != str(_folder))]
 
-from finetune_chatmodel_demo.generation.errors import UsageError, run_and_explain
-from finetune_chatmodel_demo.generation.loading import add_model_arguments
+from finetune_chatmodel_demo.common.errors import UserError
+from finetune_chatmodel_demo.generation.choose import add_model_arguments
+from finetune_chatmodel_demo.generation.errors import run_and_explain
 
 QUESTIONS_OF_A_GROUP = 300
 
@@ -146,7 +147,7 @@ def load_questions(arguments: argparse.Namespace) -> Any:
     """The question set of `--questions_file`, or a new one of `--csv` and `--template`.
 
     Raises:
-        UsageError: the folder data_processing is missing, or there is no template.
+        UserError: the folder data_processing is missing, or there is no template.
     """
     from finetune_chatmodel_demo.evaluation.questions import read_question_file
 
@@ -155,17 +156,17 @@ def load_questions(arguments: argparse.Namespace) -> Any:
         questions = read_question_file(arguments.questions_file)
         chosen = questions.select(groups) if groups else questions
         if not chosen.dialogues:
-            raise UsageError(f"--groups {arguments.groups}: {arguments.questions_file} has no question of these groups")
+            raise UserError(f"--groups {arguments.groups}: {arguments.questions_file} has no question of these groups")
         return chosen
     if arguments.template is None:
-        raise UsageError("--csv needs --template, the wordings of questions: see data_processing/templates")
+        raise UserError("--csv needs --template, the wordings of questions: see data_processing/templates")
     try:
         from finetune_chatmodel_demo.evaluation.question_building import BuildOptions, read_and_build
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("data_processing"):
             raise
         beside = Path(__file__).resolve().parents[1] / "data_processing"
-        raise UsageError(
+        raise UserError(
             f"--csv needs this project's folder data_processing, which is not at {beside}: copy it there, or use "
             "--data with a file of conversations, or --questions_file with questions that were built elsewhere"
         ) from None
@@ -178,19 +179,19 @@ def report(arguments: argparse.Namespace) -> None:
     """One of the two ways of asking.
 
     Raises:
-        UsageError: flags contradict each other, or a folder for results is missing.
+        UserError: flags contradict each other, or a folder for results is missing.
     """
     ways = [flag for flag in ("csv", "questions_file", "data") if getattr(arguments, flag)]
     if len(ways) != 1:
         found = " and ".join(f"--{way}" for way in ways) or "none"
-        raise UsageError(f"give one of --csv, --questions_file and --data (got {found}); --help says what each asks")
+        raise UserError(f"give one of --csv, --questions_file and --data (got {found}); --help says what each asks")
     if arguments.output and not arguments.output.resolve().parent.is_dir():
-        raise UsageError(f"--output {arguments.output}: there is no folder {arguments.output.resolve().parent}")
+        raise UserError(f"--output {arguments.output}: there is no folder {arguments.output.resolve().parent}")
     unfit = {"data": ("report", "template", "groups", "train_file", "probes", "hold_out")}
     unfit["questions_file"] = ("template", "max_questions", "hold_out")  # they were decided when the file was made
     for flag in unfit.get(ways[0], ()):
         if getattr(arguments, flag):
-            raise UsageError(f"--{flag} goes with --csv, not with --{ways[0]}")
+            raise UserError(f"--{flag} goes with --csv, not with --{ways[0]}")
     if ways == ["data"]:
         report_files(arguments)
     else:

@@ -20,8 +20,9 @@ if not __package__:  # run as a script: find the package, and let nothing in its
     _folder = Path(__file__).resolve().parent
     sys.path[:] = [str(_folder.parent), *(entry for entry in sys.path if entry != str(_folder))]
 
-from finetune_chatmodel_demo.generation.errors import UsageError, run_and_explain
-from finetune_chatmodel_demo.generation.loading import ModelChoice, add_model_arguments, choose_model, load_choice
+from finetune_chatmodel_demo.common.errors import UserError
+from finetune_chatmodel_demo.generation.choose import ModelChoice, add_model_arguments, choose_model, load_choice
+from finetune_chatmodel_demo.generation.errors import run_and_explain
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -67,7 +68,7 @@ def decode_lines(raw_lines: Iterable[bytes]) -> Iterator[str]:
     """Lines of standard input: UTF-8, with or without BOM, or GBK.
 
     Raises:
-        UsageError: a line is neither.
+        UserError: a line is neither.
     """
     for number, raw in enumerate(raw_lines, 1):
         for encoding in ("utf-8-sig", "gb18030"):
@@ -77,7 +78,7 @@ def decode_lines(raw_lines: Iterable[bytes]) -> Iterator[str]:
             except UnicodeDecodeError:
                 continue
         else:
-            raise UsageError(f"standard input line {number} is neither UTF-8 nor GBK; save the prompts as UTF-8")
+            raise UserError(f"standard input line {number} is neither UTF-8 nor GBK; save the prompts as UTF-8")
         yield line
 
 
@@ -96,12 +97,12 @@ def chat(arguments: argparse.Namespace) -> None:
         OSError, ValueError: something that the user gave cannot be used.
     """
     if arguments.prompt is not None and not arguments.prompt.strip():
-        raise UsageError("--prompt is empty; say something")
+        raise UserError("--prompt is empty; say something")
     choice = choose_model(arguments)
     for notice in choice.notices:
         print(notice, file=sys.stderr)
     if arguments.system and choice.prompt_format == "input-output":
-        raise UsageError("--system has no place in the input-output format, which is the question alone; leave it out")
+        raise UserError("--system has no place in the input-output format, which is the question alone; leave it out")
     model, tokenizer = load_choice(choice)
     from finetune_chatmodel_demo.generation.session import ChatSession
     from finetune_chatmodel_demo.generation.terminal import TerminalChat, answer_lines

@@ -21,7 +21,7 @@ from finetune_chatmodel_demo.evaluation.exact import (
     read_questions,
     score_questions,
 )
-from finetune_chatmodel_demo.generation.batch import generate_batch
+from finetune_chatmodel_demo.generation.batch import generate_replies
 
 CAP = 12
 CSV = REPOSITORY / "data_processing" / "data.csv"
@@ -49,9 +49,10 @@ def data(tmp_path_factory, prefix_model, tokenizer):
 
 
 def answer(model, tokenizer, messages):
-    text = generate_batch(model, tokenizer, [render_prompt(tokenizer, messages)], max_new_tokens=CAP, batch_size=1)[0]
-    assert text.strip() == text != ""
-    return text
+    prompt = render_prompt(tokenizer, messages)
+    (reply,) = generate_replies(model, tokenizer, [prompt], max_new_tokens=CAP, batch_size=1)
+    assert reply.text.strip() == reply.text != ""
+    return reply.text
 
 
 def run(capsys, *flags):

@@ -28,7 +28,7 @@ from finetune_chatmodel_demo.chatglm3.comparing import (
 from finetune_chatmodel_demo.chatglm3.conversion import convert_prefix, fold
 from finetune_chatmodel_demo.chatglm3.exporting import merge_adapter
 from finetune_chatmodel_demo.chatglm3.whole_folder import check_disk, check_output, format_size, whole_folder
-from finetune_chatmodel_demo.generation.loading import choose_model
+from finetune_chatmodel_demo.generation.choose import choose_model
 from finetune_chatmodel_demo.generation.probes import CONVERSATIONS, build_probes
 from finetune_chatmodel_demo.inference import build_parser as inference_parser
 

@@ -16,11 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_chatmodel_demo.chatglm3 import load_model
-from finetune_chatmodel_demo.conversation.render import render_prompt
-from finetune_chatmodel_demo.generation.batch import BatchReply, generate_batch, generate_replies
-from finetune_chatmodel_demo.generation.prompts import PromptTooLongError, drop_oldest_turn, fit_prompt
+from finetune_chatmodel_demo.conversation.render import count_droppable_turns, drop_oldest_turns, render_prompt
+from finetune_chatmodel_demo.generation.batch import BatchReply, generate_replies
 from finetune_chatmodel_demo.generation.replies import ReplyReader, find_tool_name, read_reply
-from finetune_chatmodel_demo.generation.session import ChatSession, build_settings
+from finetune_chatmodel_demo.generation.session import ChatSession, PromptTooLongError, build_settings, fit_prompt
 from finetune_chatmodel_demo.generation.streaming import stream_ids
 
 
@@ -155,8 +154,8 @@ def test_dropping_a_turn_takes_the_question_with_all_its_answers():
         turn("assistant", "b"),
         last,
     ]
-    assert drop_oldest_turn(messages) == [system, last]
-    assert drop_oldest_turn([system, last]) == [system, last]
+    assert drop_oldest_turns(messages, count_droppable_turns(messages)) == [system, last]
+    assert count_droppable_turns([system, last]) == 0
 
 
 def test_fit_prompt_drops_as_little_as_needed(tokenizer):
@@ -378,12 +377,12 @@ def test_batches_equal_one_by_one(model, tokenizer, with_prefix):
     prompts = [render_prompt(tokenizer, [turn("user", text)]) for text in QUESTIONS]
     model.model.prefix_enabled = with_prefix
     try:
-        together = generate_batch(model, tokenizer, prompts, max_new_tokens=16, batch_size=3)
+        together = generate_replies(model, tokenizer, prompts, max_new_tokens=16, batch_size=3)
         alone = ["".join(ChatSession(model, tokenizer, max_new_tokens=16).reply(text)) for text in QUESTIONS]
     finally:
         model.model.prefix_enabled = True
-    assert together == alone
-    assert len(set(together)) > 3
+    assert [reply.text for reply in together] == alone
+    assert len(set(alone)) > 3
 
 
 def test_rows_of_one_batch_stop_by_themselves(tokenizer, vocabulary):
@@ -396,7 +395,7 @@ def test_rows_of_one_batch_stop_by_themselves(tokenizer, vocabulary):
 
 def test_batch_errors(model, tokenizer):
     with pytest.raises(PromptTooLongError, match="prompt 1 has 255 tokens; at most 254 leave room"):
-        generate_batch(model, tokenizer, [[5], [5] * 255], max_new_tokens=2, batch_size=2)
+        generate_replies(model, tokenizer, [[5], [5] * 255], max_new_tokens=2, batch_size=2)
     with pytest.raises(ValueError, match="batch_size is 0"):
-        generate_batch(model, tokenizer, [[5]], max_new_tokens=2, batch_size=0)
-    assert generate_batch(model, tokenizer, [], max_new_tokens=2, batch_size=2) == []
+        generate_replies(model, tokenizer, [[5]], max_new_tokens=2, batch_size=0)
+    assert generate_replies(model, tokenizer, [], max_new_tokens=2, batch_size=2) == []

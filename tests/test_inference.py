@@ -21,10 +21,11 @@ from generation_helpers import PREFIX_LENGTH, build_prefix_folder, build_random_
 from finetune_chatmodel_demo import inference
 from finetune_chatmodel_demo.chatglm3 import load_model
 from finetune_chatmodel_demo.chatglm3.adapters import add_adapter, load_adapter, save_adapter
+from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.conversation.render import render_prompt
-from finetune_chatmodel_demo.generation import folders as model_folders
-from finetune_chatmodel_demo.generation.errors import UsageError, run_and_explain
-from finetune_chatmodel_demo.generation.loading import choose_model
+from finetune_chatmodel_demo.generation import choose as choosing
+from finetune_chatmodel_demo.generation.choose import choose_model
+from finetune_chatmodel_demo.generation.errors import run_and_explain
 from finetune_chatmodel_demo.generation.replies import read_reply
 from finetune_chatmodel_demo.generation.session import ChatSession
 from finetune_chatmodel_demo.generation.terminal import HELP, TerminalChat
@@ -104,21 +105,19 @@ def test_an_original_checkpoint_is_multi_turn_and_says_so(golden, base, monkeypa
 
 
 def test_a_recorded_base_that_moved_is_looked_for_in_thudm(tmp_path, base, monkeypatch):
-    monkeypatch.setattr(model_folders, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(choosing, "REPOSITORY", tmp_path)
     shutil.copytree(base, tmp_path / "THUDM" / "my-base")
     folder = build_prefix_folder(tmp_path / "prefix", base, base_model="/root/elsewhere/THUDM/my-base")
     assert choose("--pt-checkpoint", folder).model == str(tmp_path / "THUDM" / "my-base")
     shutil.rmtree(tmp_path / "THUDM")
-    with pytest.raises(UsageError, match=r"was trained on /root/elsewhere/THUDM/my-base, which is not on this machine"):
+    with pytest.raises(UserError, match=r"was trained on /root/elsewhere/THUDM/my-base, which is not on this machine"):
         choose("--pt-checkpoint", folder)
 
 
 def test_default_models_in_their_order(tmp_path, base, monkeypatch):
     folders = (tmp_path / "chatglm3-6b", tmp_path / "chatglm3-tiny")
-    monkeypatch.setattr(model_folders, "DEFAULT_MODELS", folders)
-    with pytest.raises(
-        UsageError, match=r"no --model was given, and there is none at .*chatglm3-6b or .*chatglm3-tiny"
-    ):
+    monkeypatch.setattr(choosing, "DEFAULT_MODELS", folders)
+    with pytest.raises(UserError, match=r"no --model was given, and there is none at .*chatglm3-6b or .*chatglm3-tiny"):
         choose()
     for folder in reversed(folders):
         shutil.copytree(base, folder)
@@ -128,7 +127,7 @@ def test_default_models_in_their_order(tmp_path, base, monkeypatch):
 
 
 def test_folders_are_also_found_below_the_repository(tmp_path, base, monkeypatch):
-    monkeypatch.setattr(model_folders, "REPOSITORY", tmp_path / "repository")
+    monkeypatch.setattr(choosing, "REPOSITORY", tmp_path / "repository")
     shutil.copytree(base, tmp_path / "repository" / "THUDM" / "m")
     monkeypatch.chdir(tmp_path)
     assert choose("--model", "THUDM/m").model == str(tmp_path / "repository" / "THUDM" / "m")
@@ -236,7 +235,7 @@ def test_reward_models_do_not_chat(capsys, tmp_path, base):
     [
         (["--pt-checkpoint", "nowhere"], "--pt-checkpoint nowhere: no such folder; give the --output_dir"),
         (["--pt-checkpoint", "{empty}"], "is not a prefix checkpoint: it holds nothing"),
-        (["--pt-checkpoint", "{base}"], "holds a whole model, not a prefix; give it as --model"),
+        (["--pt-checkpoint", "{base}"], "holds a whole model, not a prefix checkpoint; give it as --model"),
         (["--model", "{prefix}"], "is a prefix checkpoint; give it as --pt-checkpoint"),
         (["--model", "{empty}"], "holds no weights (found: nothing); THUDM/README.md"),
         (["--model", "/nowhere/at/all"], "is not a folder"),
@@ -245,7 +244,7 @@ def test_reward_models_do_not_chat(capsys, tmp_path, base):
         (["--pt-checkpoint", "{golden}", "--model", "{base}"], "another base model"),
         (["--adapter", "nowhere"], "--adapter nowhere: no such folder; give the --output_dir"),
         (["--adapter", "{empty}"], "is not a LoRA adapter: it holds nothing"),
-        (["--adapter", "{base}"], "holds a whole model, not an adapter; give it as --model"),
+        (["--adapter", "{base}"], "holds a whole model, not a LoRA adapter; give it as --model"),
         (["--model", "{adapter}"], "is a LoRA adapter; give it as --adapter"),
         (["--adapter", "{adapter}", "--pt-checkpoint", "{prefix}"], "--pt-checkpoint and --adapter exclude each other"),
         (["--adapter", "{adapter}", "--pt-pre-seq-len", "6"], "describes a prefix, but"),
@@ -347,7 +346,7 @@ def test_piped_prompts_are_one_conversation(base, prefix, prefix_model, tokenize
 
 def test_piped_lines_may_be_gbk():
     assert list(inference.decode_lines(["皮卡丘\n".encode("gbk"), "喵".encode()])) == ["皮卡丘\n", "喵"]
-    with pytest.raises(UsageError, match="standard input line 1 is neither UTF-8 nor GBK"):
+    with pytest.raises(UserError, match="standard input line 1 is neither UTF-8 nor GBK"):
         list(inference.decode_lines([b"\xff\xff"]))
 
 

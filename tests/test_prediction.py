@@ -20,7 +20,7 @@ from finetune_chatmodel_demo.conversation import build_dataset
 from finetune_chatmodel_demo.conversation.data_arguments import DataArguments
 from finetune_chatmodel_demo.conversation.records import read_records
 from finetune_chatmodel_demo.conversation.render import render_prompt
-from finetune_chatmodel_demo.generation.batch import generate_batch
+from finetune_chatmodel_demo.generation.batch import generate_replies
 from finetune_chatmodel_demo.training import prediction
 from finetune_chatmodel_demo.training.arguments import GenerationArguments
 from finetune_chatmodel_demo.training.prediction import choose_answer_length, run_prediction, take_last_reply
@@ -198,8 +198,8 @@ def test_every_row_is_answered_in_order_and_scored(loaded, tokenizer, data, rows
     assert [line["label"] for line in lines] == [record["conversations"][-1]["content"] for record in records]
     prompts = [render_prompt(tokenizer, record["conversations"][:-1]) for record in records]
     assert [line["prompt"] for line in lines] == [tokenizer.decode(prompt) for prompt in prompts]
-    one_by_one = generate_batch(loaded, tokenizer, prompts, max_new_tokens=8, batch_size=1)
-    assert [line["predict"] for line in lines] == one_by_one
+    one_by_one = generate_replies(loaded, tokenizer, prompts, max_new_tokens=8, batch_size=1)
+    assert [line["predict"] for line in lines] == [reply.text for reply in one_by_one]
     expected = prediction.mean_scores((line["predict"], line["label"]) for line in lines)
     assert {f"predict_{name}": value for name, value in expected.items()}.items() <= metrics.items()
     assert metrics["predict_runtime"] > 0

@@ -13,7 +13,7 @@ from finetune_chatmodel_demo.evaluation.facts import normalize
 from finetune_chatmodel_demo.evaluation.judge import Verdict, check_reply
 from finetune_chatmodel_demo.evaluation.questions import Dialogue, QuestionSet, Turn
 from finetune_chatmodel_demo.generation.batch import generate_replies
-from finetune_chatmodel_demo.generation.prompts import fit_prompt, prompt_budget
+from finetune_chatmodel_demo.generation.session import fit_prompt, prompt_budget
 
 HISTORIES = ("own", "reference")
 # A right reply may say more than the template's. Twice its tokens and these are enough for a sentence around a value.

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_chatmodel_demo.common.errors import UserError
-from finetune_chatmodel_demo.generation.folders import find_folder, holds_model, kind_of_checkpoint, newest_checkpoint
-from finetune_chatmodel_demo.generation.loading import ModelChoice, choose_model, load_choice
+from finetune_chatmodel_demo.generation.choose import ModelChoice, choose_model, find_folder, identify, load_choice
 
 BASE, PREFIX, ADAPTER, MODEL = "base", "prefix", "adapter", "model"
 
@@ -85,12 +84,8 @@ def _choose(spec: str, arguments: argparse.Namespace) -> Candidate:
 
 
 def _kind_of(folder: Path) -> str:
-    """PREFIX, ADAPTER or MODEL, also of the newest checkpoint in a run's folder; `choose_model` judges the rest."""
-    kind = kind_of_checkpoint(folder)
-    if kind is None and not holds_model(folder):
-        newest = newest_checkpoint(folder, lambda child: kind_of_checkpoint(child) or holds_model(child))
-        kind = kind_of_checkpoint(newest) if newest else None
-    return kind or MODEL
+    """PREFIX, ADAPTER or MODEL; of what is none of them, `choose_model` says what is wrong."""
+    return identify(folder)[0] or MODEL
 
 
 def _without_tuning(choice: ModelChoice) -> ModelChoice:

@@ -21,7 +21,7 @@ from finetune_chatmodel_demo.evaluation.candidates import choose_candidates, loa
 from finetune_chatmodel_demo.evaluation.comparison import wilson_interval
 from finetune_chatmodel_demo.evaluation.comparison_report import format_share
 from finetune_chatmodel_demo.generation.batch import generate_replies
-from finetune_chatmodel_demo.generation.prompts import fit_prompt, prompt_budget
+from finetune_chatmodel_demo.generation.session import fit_prompt, prompt_budget
 
 WRONG_EXAMPLES_KEPT = 20
 # Metadata line, end token, and room for a reply that spells the same text in more pieces than the reference.

@@ -1,15 +1,17 @@
 """Answers to many prompts, greedy unless asked otherwise: sorted by length, left-padded, equal to asking one by one."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from tqdm import tqdm
+from transformers import GenerationConfig
 
-from finetune_chatmodel_demo.generation.prompts import PromptTooLongError, prompt_budget
+from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.generation.replies import read_reply
-from finetune_chatmodel_demo.generation.session import build_settings
+from finetune_chatmodel_demo.generation.session import PromptTooLongError, build_settings, prompt_budget
+from finetune_chatmodel_demo.generation.streaming import generate
 
 
 @dataclass(frozen=True)
@@ -45,60 +47,52 @@ def generate_replies(
 
     Raises:
         PromptTooLongError: a prompt leaves no room for `max_new_tokens`.
+        UserError: a setting is outside its range.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        raise UserError(f"batch_size is {batch_size}; it must be at least 1")
     budget = prompt_budget(model, max_new_tokens)
     for i, prompt in enumerate(prompts):
         if len(prompt) > budget:
             raise PromptTooLongError(f"prompt {i} has {len(prompt)} tokens; at most {budget} leave room for the answer")
     settings = build_settings(tokenizer, max_new_tokens=max_new_tokens, **(sampling or {}))
+    replies = []
+    for ids in generate_all(model, prompts, settings, batch_size, description=description if progress else None):
+        hit_cap = ids[-1] not in settings.eos_token_id
+        text = read_reply(tokenizer, ids if hit_cap else ids[:-1], prompt_format).text
+        replies.append(BatchReply(text, hit_cap))
+    return replies
+
+
+def generate_all(
+    model: Any,
+    prompts: Sequence[list[int]],
+    settings: GenerationConfig,
+    batch_size: int,
+    *,
+    limits: Sequence[int] | None = None,
+    description: str | None = None,
+) -> list[list[int]]:
+    """New ids after every prompt, in the order of the prompts, each with the stop id that ends it.
+
+    Args:
+        prompts: rendered prompts; those of similar length are answered together.
+        settings: how ids are drawn, from `build_settings`; without a stop id at its end a reply hit its limit.
+        batch_size: prompts a step.
+        limits: most new ids after each prompt, in place of the settings' one; a batch has that of its longest.
+        description: stands before a bar on standard error; None: no bar.
+    """
     # Longest first: a batch that does not fit into memory fails at once, and the bar's estimate is never too low.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    replies: dict[int, BatchReply] = {}
-    with tqdm(total=len(prompts), desc=description, unit="reply", disable=not progress) as bar:
+    stop_ids, found = set(settings.eos_token_id), {}
+    with tqdm(total=len(prompts), desc=description, unit="reply", disable=description is None) as bar:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            for i, ids in zip(rows, generate_ids(model, [prompts[i] for i in rows], settings)):
-                replies[i] = _read_row(tokenizer, ids, settings.eos_token_id, prompt_format)
+            if limits is not None:
+                settings = copy.deepcopy(settings)
+                settings.max_new_tokens = max(limits[i] for i in rows)
+            for i, ids in zip(rows, generate(model, [prompts[i] for i in rows], settings)):
+                end = next((place for place, token_id in enumerate(ids, 1) if token_id in stop_ids), len(ids))
+                found[i] = ids[:end]
             bar.update(len(rows))
-    return [replies[i] for i in range(len(prompts))]
-
-
-def generate_batch(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[list[int]],
-    *,
-    max_new_tokens: int,
-    batch_size: int,
-    prompt_format: str = "multi-turn",
-    progress: bool = False,
-) -> list[str]:
-    """Texts of `generate_replies`."""
-    replies = generate_replies(
-        model,
-        tokenizer,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        prompt_format=prompt_format,
-        progress=progress,
-    )
-    return [reply.text for reply in replies]
-
-
-def generate_ids(model: Any, prompts: list[list[int]], settings: Any) -> list[list[int]]:
-    """New ids of one left-padded batch, each row with whatever follows its stop id."""
-    width = max(map(len, prompts))
-    pad = settings.pad_token_id
-    input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=model.device)
-    # 1 = a token of the prompt, 0 = padding in front of it
-    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
-    output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=settings)
-    return output[:, width:].tolist()
-
-
-def _read_row(tokenizer: Any, ids: list[int], stop_ids: list[int], prompt_format: str) -> BatchReply:
-    end = next((i for i, token_id in enumerate(ids) if token_id in stop_ids), None)
-    return BatchReply(read_reply(tokenizer, ids[:end], prompt_format).text, hit_cap=end is None)
+    return [found[i] for i in range(len(prompts))]

@@ -11,8 +11,7 @@ EXIT_BROKEN_PIPE = 1
 EXIT_INTERRUPTED = 130
 
 
-class UsageError(UserError):
-    """The flags name something that cannot be used; the message says what to do."""
+UsageError = UserError
 
 
 def run_and_explain(action: Callable[[], None], *, out_of_memory_advice: str) -> int:

@@ -9,9 +9,9 @@ import re
 import sys
 from pathlib import Path
 
+from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.conversation.render import PROMPT_FORMATS
-from finetune_chatmodel_demo.generation.errors import UsageError
-from finetune_chatmodel_demo.generation.folders import (
+from finetune_chatmodel_demo.generation.choose import (
     ADAPTER,
     FLAGS,
     PREFIX,
@@ -74,9 +74,9 @@ def _export_adapter(arguments: argparse.Namespace) -> None:
 
     folders = _split(arguments.adapter)
     if not folders:
-        raise UsageError("--to converts a prefix (--pt-checkpoint) or an adapter (--adapter); give one, or drop --to")
+        raise UserError("--to converts a prefix (--pt-checkpoint) or an adapter (--adapter); give one, or drop --to")
     if len(folders) > 1:
-        raise UsageError(f"--to converts one adapter, got {len(folders)}; without --to they are merged into the model")
+        raise UserError(f"--to converts one adapter, got {len(folders)}; without --to they are merged into the model")
     _refuse(arguments, "--to with --adapter", ("fold_projection", "dtype", "low_memory"))
     notices: list[str] = []
     source = _find(folders[0], ADAPTER, notices)
@@ -98,7 +98,7 @@ def _export_model(arguments: argparse.Namespace) -> None:
     _refuse(arguments, "a whole model", ("fold_projection",))
     adapters = [_find(path, ADAPTER, notices) for path in _split(arguments.adapter)]
     if not adapters and arguments.model is None:
-        raise UsageError("nothing to export: give --adapter, --model or --pt-checkpoint (--help has examples)")
+        raise UserError("nothing to export: give --adapter, --model or --pt-checkpoint (--help has examples)")
     facts = [read_adapter_config(adapter) for adapter in adapters]
     # The first adapter's base: a later one may have been trained on the merged model before it.
     base = facts[0].base_model if facts else None
@@ -108,7 +108,7 @@ def _export_model(arguments: argparse.Namespace) -> None:
     stored = getattr(torch, _stored_dtype(model))
     dtype = stored if arguments.dtype is None else getattr(torch, arguments.dtype)
     if adapters and arguments.low_memory and dtype.itemsize > stored.itemsize:
-        raise UsageError(
+        raise UserError(
             f"--low-memory keeps the merged weights in the base's {_stored_dtype(model)}, and --dtype "
             f"{arguments.dtype} would write them rounded; leave one of the two out"
         )
@@ -119,7 +119,7 @@ def _export_model(arguments: argparse.Namespace) -> None:
             f"answers differ a little (as trained: inference.py --adapter … --quantization-bit {bits})"
         )
     if SHARD_SIZE.fullmatch(arguments.max_shard_size) is None:
-        raise UsageError(f"--max-shard-size {arguments.max_shard_size} is no size; write for example 5GB or 500MB")
+        raise UserError(f"--max-shard-size {arguments.max_shard_size} is no size; write for example 5GB or 500MB")
     recorded = (facts[-1].prompt_format if facts else None) or read_config(model).get("prompt_format")
     recorded = recorded if recorded in PROMPT_FORMATS else None
     tokenizer, probes = _probes(arguments, model, recorded or "multi-turn", notices)
@@ -142,7 +142,7 @@ def _find(path: str, kind: str, notices: list[str]) -> Path:
     """The prefix or adapter that `path` means; the other kind is refused."""
     found, folder = find_checkpoint(path, FLAGS[kind], notices)
     if found != kind:
-        raise UsageError(f"{FLAGS[kind]} {folder} is {TITLES[found]}; give it as {FLAGS[found]}")
+        raise UserError(f"{FLAGS[kind]} {folder} is {TITLES[found]}; give it as {FLAGS[found]}")
     return folder
 
 
@@ -150,11 +150,11 @@ def _find_base(path: str | None, recorded: str | None, checkpoint: Path | None, 
     """Folder of the base or whole model.
 
     Raises:
-        UsageError: there is none on this machine.
+        UserError: there is none on this machine.
     """
     model = find_model(path, recorded, checkpoint, notices)
     if not Path(model).is_dir():
-        raise UsageError(f"--model {model} is not a folder; THUDM/README.md says how to download the weights")
+        raise UserError(f"--model {model} is not a folder; THUDM/README.md says how to download the weights")
     return model
 
 
@@ -163,7 +163,7 @@ def _check_weights(model: Path) -> None:
     config = read_config(model)
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "another program")
-        raise UsageError(
+        raise UserError(
             f"--model {model} holds weights that {method} has quantized: nothing can be merged into them, and rounding "
             "them back gains nothing. Give the folder of the unquantized model"
         )
@@ -196,7 +196,7 @@ def _refuse(arguments: argparse.Namespace, what: str, names: tuple[str, ...]) ->
     """Flags that mean nothing beside `what` are mistakes, not wishes."""
     for name in names:
         if getattr(arguments, name):
-            raise UsageError(f"--{name.replace('_', '-')} has no place with {what}; leave it out")
+            raise UserError(f"--{name.replace('_', '-')} has no place with {what}; leave it out")
 
 
 def _split(values: list[str] | None) -> list[str]:

@@ -7,21 +7,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-from finetune_chatmodel_demo.generation.errors import UsageError
+from finetune_chatmodel_demo.common.errors import UserError
 
 MODEL_TYPE = "chatglm"
 WEIGHT_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 POINTER_START = b"version https://git-lfs"
-LENGTH_BYTES = 8  # a safetensors file starts with the length of its header
-MAX_HEADER = 100 * 2**20  # the format's own limit
 REPAIR = "download it again; THUDM/README.md says how, and `python THUDM/check_download.py` checks a folder"
 
 
 def check_model_folder(folder: Path) -> None:
-    """Raises for the first file of a model folder that cannot be used; anything that is no folder is left alone.
+    """Refuses a local model folder that cannot be used, before gigabytes are read; other paths are left alone.
 
     Raises:
-        UsageError: config.json cannot be read or is of another architecture, a shard that the index names is missing,
+        UserError: config.json cannot be read or is of another architecture, a shard that the index names is missing,
             or a file of weights is cut.
     """
     if not (folder / "config.json").is_file():
@@ -31,21 +29,13 @@ def check_model_folder(folder: Path) -> None:
         _check_weights(path)
 
 
-def explain_load_error(path: str, error: Exception) -> str:
-    """One line for what a loader says of a folder or a hub name; transformers takes several for an unreachable hub."""
-    line = str(error).strip().partition("\n")[0]
-    if isinstance(error, FileNotFoundError) or Path(path).is_dir():  # the loader's own words
-        return line
-    return f"{path}: there is no such folder, and as a name on the hub: {line}"
-
-
 def check_architecture(path: Path) -> None:
-    """Raises UsageError for a config.json that cannot be read, or is another model's."""
+    """Raises UserError for a config.json that cannot be read, or is another model's."""
     config = _read_mapping(path)
     found = config.get("model_type", MODEL_TYPE)
     if found != MODEL_TYPE:
         names = ", ".join(map(str, config.get("architectures") or [])) or "none are named"
-        raise UsageError(
+        raise UserError(
             f"{path}: model_type is {found!r} (architectures: {names}), and only ChatGLM2 and ChatGLM3 "
             f"({MODEL_TYPE!r}) are loaded here; give the folder of such a model, or restore its config.json"
         )
@@ -57,11 +47,11 @@ def _weight_files(folder: Path) -> list[Path]:
         return sorted(folder.glob("*.safetensors"))
     shards = _read_mapping(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
-        raise UsageError(f"{index} names no file of weights (no weight_map); {REPAIR}")
+        raise UserError(f"{index} names no file of weights (no weight_map); {REPAIR}")
     paths = [folder / name for name in sorted({str(name) for name in shards.values()})]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
-        raise UsageError(
+        raise UserError(
             f"{folder} lacks {len(missing)} of the {len(paths)} files that {index.name} names: {', '.join(missing)}; "
             f"{REPAIR}"
         )
@@ -69,35 +59,35 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _check_weights(path: Path) -> None:
+    """Opens a file of weights; safetensors compares its header with the size."""
+    from safetensors import SafetensorError, safe_open
+
     size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(len(POINTER_START))
-        if start == POINTER_START:
-            raise UsageError(f"{path} is a git-lfs pointer of {size} bytes; run `git lfs pull` in {path.parent}")
-        if path.suffix != ".safetensors":
-            return
-        length = int.from_bytes(start[:LENGTH_BYTES], "little")
-        if not 2 <= length <= min(MAX_HEADER, size - LENGTH_BYTES):
-            raise UsageError(f"{path} ({size:,} bytes) is not a whole safetensors file; {REPAIR}")
-        file.seek(LENGTH_BYTES)
-        needed = LENGTH_BYTES + length + _end_of_tensors(path, file.read(length))
-    if size != needed:
-        raise UsageError(f"{path} has {size:,} bytes, and its header says {needed:,}; {REPAIR}")
-
-
-def _end_of_tensors(path: Path, header: bytes) -> int:
+        if file.read(len(POINTER_START)) == POINTER_START:
+            raise UserError(f"{path} is a git-lfs pointer of {size} bytes; run `git lfs pull` in {path.parent}")
+    if path.suffix != ".safetensors":
+        return
     try:
-        entries = json.loads(header)
-        return max((value["data_offsets"][1] for name, value in entries.items() if name != "__metadata__"), default=0)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        raise UsageError(f"{path}: the header of this safetensors file is damaged; {REPAIR}") from error
+        with safe_open(path, framework="np"):
+            pass
+    except SafetensorError as error:
+        raise UserError(f"{path} ({size:,} bytes) is not a whole safetensors file ({error}); {REPAIR}") from error
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UsageError(f"{path} is not JSON ({error}); {REPAIR}") from error
+        raise UserError(f"{path} is not JSON ({error}); {REPAIR}") from error
     if not isinstance(content, dict):
-        raise UsageError(f"{path} holds a {type(content).__name__} and not a mapping; {REPAIR}")
+        raise UserError(f"{path} holds a {type(content).__name__} and not a mapping; {REPAIR}")
     return content
+
+
+def explain_load_error(path: str, error: Exception) -> str:
+    """One line for what a loader says of a folder or a hub name; transformers takes several for an unreachable hub."""
+    line = str(error).strip().partition("\n")[0]
+    if isinstance(error, FileNotFoundError) or Path(path).is_dir():  # the loader's own words
+        return line
+    return f"{path}: there is no such folder, and as a name on the hub: {line}"

@@ -1,4 +1,4 @@
-"""A chat with a model: history, streamed replies, seeds. No terminal in here; inference.py puts one around it.
+"""A chat with a model: prompts that fit its context, history, streamed replies, seeds. No terminal in here.
 
 session = ChatSession(model, tokenizer, system="你是宝可梦图鉴。")
 for piece in session.reply("皮卡丘是什么属性？"):
@@ -9,15 +9,21 @@ import contextlib
 import logging
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import GenerationConfig
 
-from finetune_chatmodel_demo.generation.prompts import FittedPrompt, fit_prompt, prompt_budget
+from finetune_chatmodel_demo.common.errors import UserError
+from finetune_chatmodel_demo.conversation.render import count_droppable_turns, drop_oldest_turns, render_prompt
 from finetune_chatmodel_demo.generation.replies import ReplyReader
 from finetune_chatmodel_demo.generation.streaming import stream_ids
 
 logger = logging.getLogger(__name__)
+
+
+class PromptTooLongError(UserError):
+    """The newest question alone leaves no room for an answer; a chat goes on after it."""
 
 
 def build_settings(
@@ -37,7 +43,7 @@ def build_settings(
         top_k: upstream leaves transformers' 50 in force; 0 switches it off.
 
     Raises:
-        ValueError: a number is outside its range.
+        UserError: a number is outside its range.
     """
     ranges = [
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
@@ -48,7 +54,7 @@ def build_settings(
     ]
     for name, value, is_valid, expected in ranges:
         if not is_valid:
-            raise ValueError(f"{name} is {value}; it must be {expected}")
+            raise UserError(f"{name} is {value}; it must be {expected}")
     sampling: dict[str, Any] = {"do_sample": do_sample and temperature > 0}
     if sampling["do_sample"]:
         sampling |= {"temperature": float(temperature), "top_p": float(top_p), "top_k": top_k}
@@ -62,6 +68,58 @@ def build_settings(
     )
 
 
+@dataclass(frozen=True)
+class FittedPrompt:
+    """`input_ids` ends with the open assistant turn; `messages` is what is left of the conversation."""
+
+    input_ids: list[int]
+    messages: list[dict[str, Any]]
+    turns_dropped: int
+
+
+def fit_prompt(
+    tokenizer: Any,
+    messages: list[dict[str, Any]],
+    *,
+    max_prompt_tokens: int,
+    tools: list[dict[str, Any]] | None = None,
+    prompt_format: str = "multi-turn",
+) -> FittedPrompt:
+    """Renders a conversation whose answer comes next; whole turns are dropped from the front, as few as possible.
+
+    Raises:
+        PromptTooLongError: not even the newest question fits.
+    """
+    for dropped in range(count_droppable_turns(messages) + 1):
+        rest = drop_oldest_turns(messages, dropped)
+        ids = render_prompt(tokenizer, rest, tools=tools, prompt_format=prompt_format)
+        if len(ids) <= max_prompt_tokens:
+            return FittedPrompt(ids, rest, dropped)
+    raise PromptTooLongError(
+        f"the prompt is {len(ids)} tokens long, and the model's context leaves room for {max_prompt_tokens} before the "
+        "answer; shorten the question or the system prompt, or lower --max-new-tokens"
+    )
+
+
+def prompt_budget(model: Any, max_new_tokens: int) -> int:
+    """Tokens that a prompt may have, so that the answer still ends inside the model's `seq_length`.
+
+    Prefix tokens do not count: text positions start at 0 behind the prefix.
+
+    Raises:
+        UserError: the answer alone would fill the context.
+    """
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    budget = model.config.seq_length - max_new_tokens
+    if budget < 1:
+        raise UserError(
+            f"max_new_tokens is {max_new_tokens}, and the model's context is {model.config.seq_length} tokens for "
+            "question and answer together; use a smaller number"
+        )
+    return budget
+
+
 class ChatSession:
     """One conversation with one model.
 
@@ -72,11 +130,11 @@ class ChatSession:
         system: system prompt of the conversation.
         tools: tool descriptions, rendered as the first system turn.
         max_new_tokens: longest reply, in tokens.
-        do_sample, temperature, top_p, top_k, repetition_penalty: see `build_settings`; greedy by default.
         seed: same seed, same conversation → same replies; each turn draws its own numbers.
+        sampling: see `build_settings`; greedy by default.
 
     Raises:
-        ValueError: a setting is outside its range, or leaves no room for a question.
+        UserError: a setting is outside its range, or leaves no room for a question.
     """
 
     def __init__(
@@ -88,27 +146,15 @@ class ChatSession:
         system: str | None = None,
         tools: list[dict[str, Any]] | None = None,
         max_new_tokens: int = 128,
-        do_sample: bool = False,
-        temperature: float = 0.8,
-        top_p: float = 0.8,
-        top_k: int = 50,
-        repetition_penalty: float = 1.0,
         seed: int | None = None,
+        **sampling: Any,
     ):
         self.model = model
         self.tokenizer = tokenizer
         self.prompt_format = prompt_format
         self.system = system
         self.tools = tools
-        self.settings = build_settings(
-            tokenizer,
-            max_new_tokens=max_new_tokens,
-            do_sample=do_sample,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            repetition_penalty=repetition_penalty,
-        )
+        self.settings = build_settings(tokenizer, max_new_tokens=max_new_tokens, **sampling)
         self._max_prompt_tokens = prompt_budget(model, max_new_tokens)
         self._seed = seed
         self.reset()

@@ -1,14 +1,14 @@
-"""Generation as an iterator: `model.generate` runs in a thread, its ids arrive here one by one.
+"""Generation: prompts in, ids out. `generate` is the one call of the model; `stream_ids` iterates over what it writes.
 
-An exception in the thread is raised in the loop that reads the ids; leaving that loop (Ctrl-C, `break`) stops the
-thread at its next token.
+While a reply is streamed, `generate` runs in a thread. An exception in the thread is raised in the loop that reads the
+ids; leaving that loop (Ctrl-C, `break`) stops the thread at its next token.
 """
 
 import contextlib
 import queue
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,25 @@ from transformers.generation.streamers import BaseStreamer
 _ONE_REPLY_AT_A_TIME = threading.Lock()
 # Python on Windows does not see Ctrl-C while it waits without a limit.
 _WAIT_SECONDS = 0.2
+
+
+def generate(model: Any, prompts: Sequence[list[int]], settings: GenerationConfig, **options: Any) -> list[list[int]]:
+    """New ids of one left-padded batch, each row with whatever follows its stop id.
+
+    Args:
+        model: anything with transformers' `generate`.
+        prompts: rendered prompts.
+        settings: from `build_settings`.
+        options: a streamer or stopping criteria, for `model.generate`.
+    """
+    width = max(map(len, prompts))
+    input_ids = torch.tensor(
+        [[settings.pad_token_id] * (width - len(ids)) + ids for ids in prompts], device=model.device
+    )
+    # 1 = a token of the prompt, 0 = padding in front of it
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
+    output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=settings, **options)
+    return output[:, width:].tolist()
 
 
 class _QueueStreamer(BaseStreamer):
@@ -93,15 +112,9 @@ def stream_ids(
 
     def work() -> None:
         try:
-            prompt = torch.tensor([input_ids], device=model.device)
             with _ONE_REPLY_AT_A_TIME, _seeded(seed, model.device):
-                model.generate(
-                    input_ids=prompt,
-                    attention_mask=torch.ones_like(prompt),
-                    generation_config=settings,
-                    streamer=_QueueStreamer(ids),
-                    stopping_criteria=StoppingCriteriaList([_StopOnEvent(stop)]),
-                )
+                criteria = StoppingCriteriaList([_StopOnEvent(stop)])
+                generate(model, [input_ids], settings, streamer=_QueueStreamer(ids), stopping_criteria=criteria)
             ids.put(None)
         except BaseException as error:  # handed to the reading thread, which raises it
             ids.put(error)
@@ -110,26 +123,23 @@ def stream_ids(
 
     # No daemon: torch aborts when the program ends under it.
     worker = threading.Thread(target=work, name="generate")
+    stop_ids = set(settings.eos_token_id or ())
     try:
         with _interrupts_deferred():
             worker.start()
-        yield from _read_until_done(ids, set(settings.eos_token_id or ()))
+        while True:
+            try:
+                item = ids.get(timeout=_WAIT_SECONDS)
+            except queue.Empty:
+                continue
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            if item not in stop_ids:
+                yield item
     finally:
         stop.set()
         if worker.ident is not None:
             # Not join(): a second Ctrl-C in there makes Python forget the thread, which it then does not wait for.
             done.wait()
-
-
-def _read_until_done(ids: queue.SimpleQueue, stop_ids: set[int]) -> Iterator[int]:
-    while True:
-        try:
-            item = ids.get(timeout=_WAIT_SECONDS)
-        except queue.Empty:
-            continue
-        if item is None:
-            return
-        if isinstance(item, BaseException):
-            raise item
-        if item not in stop_ids:
-            yield item

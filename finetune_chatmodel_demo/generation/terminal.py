@@ -7,8 +7,7 @@ import contextlib
 from collections.abc import Callable, Iterable
 from typing import TextIO
 
-from finetune_chatmodel_demo.generation.prompts import PromptTooLongError
-from finetune_chatmodel_demo.generation.session import ChatSession
+from finetune_chatmodel_demo.generation.session import ChatSession, PromptTooLongError
 
 HELP = """\
 /clear              forget the conversation (also: clear)

@@ -12,7 +12,6 @@ import torch
 from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.conversation.data_arguments import DataArguments
 from finetune_chatmodel_demo.conversation.stage_data import check_flags
-from finetune_chatmodel_demo.generation.errors import UsageError
 from finetune_chatmodel_demo.generation.model_files import check_model_folder
 from finetune_chatmodel_demo.training.arguments import (
     FREEZE,
@@ -86,10 +85,7 @@ def check_files(
                 "the weights"
             )
         notices.append(f"there is no folder {folder.absolute()}: {folder} is taken for a name on the hub")
-    try:
-        check_model_folder(folder)
-    except UsageError as error:
-        raise UserError(f"--model_name_or_path: {error}") from error
+    check_model_folder(folder)
     if given.get("output_dir"):
         _check_output(Path(str(given["output_dir"])))
     elif not given.get("overfit_check"):

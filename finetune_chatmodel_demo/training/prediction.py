@@ -27,7 +27,7 @@ import torch
 from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.common.files import write_whole
 from finetune_chatmodel_demo.conversation.render import IGNORED_LABEL
-from finetune_chatmodel_demo.generation.batch import generate_ids, generate_replies
+from finetune_chatmodel_demo.generation.batch import generate_all, generate_replies
 from finetune_chatmodel_demo.generation.replies import read_reply
 from finetune_chatmodel_demo.generation.session import build_settings
 from finetune_chatmodel_demo.training.results import save_results
@@ -130,18 +130,11 @@ def write_replies(
         batch_size: prompts at a time; those of similar length go together.
         spare: tokens that may be written beyond the longest expected reply of a batch.
     """
-    order = sorted(range(len(replies)), key=lambda i: -len(replies[i].prompt_ids))
-    stops, written = set(tokenizer.stop_token_ids), {}
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        longest = max(len(replies[i].expected_ids) for i in batch)
-        settings = build_settings(tokenizer, max_new_tokens=longest + spare)
-        with torch.no_grad():
-            rows = generate_ids(model, [list(replies[i].prompt_ids) for i in batch], settings)
-        for i, ids in zip(batch, rows):
-            end = next((place for place, token in enumerate(ids) if token in stops), len(ids))
-            written[i] = ids[:end]
-    return [written[i] for i in range(len(replies))]
+    limits = [len(reply.expected_ids) + spare for reply in replies]
+    settings = build_settings(tokenizer, max_new_tokens=max(limits, default=1))
+    prompts = [list(reply.prompt_ids) for reply in replies]
+    written = generate_all(model, prompts, settings, batch_size, limits=limits)
+    return [ids[:-1] if ids[-1] in settings.eos_token_id else ids for ids in written]
 
 
 def is_reproduced(tokenizer: Any, reply: Reply, written: Sequence[int]) -> bool:

@@ -19,7 +19,7 @@ from transformers.trainer_utils import TrainOutput, speed_metrics
 
 from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.conversation.collating import PadCollator
-from finetune_chatmodel_demo.generation.prompts import prompt_budget
+from finetune_chatmodel_demo.generation.session import prompt_budget
 from finetune_chatmodel_demo.training.report import uses_checkpointing
 from finetune_chatmodel_demo.training.settings import Settings
 from finetune_chatmodel_demo.training.stages import ppo_settings

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from finetune_chatmodel_demo.generation.batch import generate_ids
+from finetune_chatmodel_demo.generation.batch import generate_all
 from finetune_chatmodel_demo.training.stages.ppo_math import (
     KL_ESTIMATORS,
     SumOverProcesses,
@@ -117,14 +117,8 @@ def write_replies(model: Any, prompts: Sequence[list[int]], settings: Generation
         settings: how tokens are drawn, from `build_settings`.
         batch_size: prompts answered at a time.
     """
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    replies: dict[int, Reply] = {}
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        for i, ids in zip(batch, generate_ids(model, [prompts[i] for i in batch], settings)):
-            end = next((place for place, token in enumerate(ids) if token in settings.eos_token_id), None)
-            replies[i] = Reply(ids, True) if end is None else Reply(ids[: end + 1], False)
-    return [replies[i] for i in range(len(prompts))]
+    found = generate_all(model, prompts, settings, batch_size)
+    return [Reply(ids, hit_cap=ids[-1] not in settings.eos_token_id) for ids in found]
 
 
 def batches_of(rows: ReplyRows, batch_size: int) -> Iterator[tuple[torch.Tensor, ReplyRows]]:
