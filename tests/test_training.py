@@ -511,7 +511,7 @@ def split_weights(folder: Path) -> None:
         (lambda f: (f / "config.json").write_text('{"a": '), "config.json is not JSON"),
         (lambda f: (f / "config.json").write_text("[]"), "config.json holds a list"),
         (lambda f: (f / "model.safetensors").write_bytes(b"x" * 50), "(50 bytes) is not a whole safetensors file"),
-        (lambda f: os.truncate(f / "model.safetensors", 20_000), "model.safetensors has 20,000 bytes, and its"),
+        (lambda f: os.truncate(f / "model.safetensors", 20_000), "(20,000 bytes) is not a whole safetensors file"),
         (lambda f: (f / "model.safetensors").write_bytes(b"version https://git-lfs"), "is a git-lfs pointer of 23"),
         (lambda f: (f / "tokenizer.model").write_bytes(b"hello"), "is not a SentencePiece model"),
     ],
