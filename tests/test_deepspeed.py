@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 from training_helpers import flags, losses, make_model, read_log, train, write_conversations
 
 from finetune_chatmodel_demo.chatglm3 import ChatGLM3Config, ChatGLM3ForCausalLM, load_model, load_tokenizer
+from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.training.checkpoints import find_last_checkpoint
+from finetune_chatmodel_demo.training.zero import LONGEST_BUILD, remove_stale_locks
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIGS = REPOSITORY / "finetune_chatmodel_demo" / "configs"
@@ -36,8 +38,28 @@ STAGES = ("zero2", "zero3")
 DDP = ("lora", "ptuning")
 ROWS_OF_A_STEP = 8
 STEPS = 4
+# Every kind of ZeRO, and DDP, once; what the thorough tests repeat over the methods stands behind it.
+USUAL = ("ddp/lora", "zero2/ptuning", "zero3/full")
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.usefixtures("extensions")
+
+
+def each(*runs: str) -> list:
+    """Names of runs as parameters; those that are not of USUAL are for thorough tests."""
+    return [run if run in USUAL else pytest.param(run, marks=pytest.mark.thorough) for run in runs]
+
+
+DEEPSPEED_RUNS = each(*(f"{zero}/{method}" for zero in STAGES for method in METHODS))
+
+
+@pytest.fixture(scope="session")
+def extensions(request, tmp_path_factory) -> None:
+    """A folder of the tests' own for DeepSpeed's extensions, kept between sessions, so that they are built once."""
+    cache = getattr(request.config, "cache", None)
+    folder = cache.mkdir("torch_extensions") if cache else tmp_path_factory.mktemp("torch_extensions")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(folder))
+        yield
 
 
 def environment(**knobs: object) -> dict[str, str]:
@@ -81,7 +103,12 @@ def launch(processes: int, commands: list[list[str]], folder: Path) -> str:
 
 
 class Runs:
-    """A model, data, and the runs on them: `one/METHOD`, `ddp/METHOD`, `zero2/METHOD`, `zero3/METHOD`."""
+    """A model, data, and the runs on them: `one/METHOD`, `ddp/METHOD`, `zero2/METHOD`, `zero3/METHOD`.
+
+    Those that the tests of this session ask for are made; `wanted` has their names.
+    """
+
+    wanted: tuple[str, ...] = ()
 
     def __init__(self, folder: Path, tokenizer_folder: Path) -> None:
         self.folder = folder
@@ -115,11 +142,19 @@ def files(tmp_path_factory, tiny_folder) -> Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(files) -> Runs:
+def runs(files, request) -> Runs:
     runs = files
-    commands = [runs.command(runs.folder / "ddp" / method, options(2, method)) for method in DDP]
-    for zero in STAGES:
-        commands += [runs.command(runs.folder / zero / method, options(2, method, zero)) for method in METHODS]
+    asked = {
+        item.callspec.params["run"]
+        for item in request.session.items
+        if item.path == request.path and "run" in getattr(getattr(item, "callspec", None), "params", {})
+    }
+    every = [*(f"ddp/{method}" for method in DDP), *(f"{zero}/{method}" for zero in STAGES for method in METHODS)]
+    runs.wanted = tuple(run for run in every if run in asked or run in USUAL)
+    commands = []
+    for run in runs.wanted:
+        kind, method = run.split("/")
+        commands.append(runs.command(runs.folder / run, options(2, method, None if kind == "ddp" else kind)))
     launch(2, commands, runs.folder)
     for method in METHODS:
         assert train(runs.model, runs.data, runs.folder / "one" / method, **options(1, method)) == 0
@@ -127,12 +162,16 @@ def runs(files) -> Runs:
 
 
 def assert_close(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    """But for the biases of keys: attention does not depend on them, so that their gradients are rounding errors."""
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
-        torch.testing.assert_close(found[name], value, rtol=0, atol=2e-4)
+        other = found[name]
+        if name.endswith("query_key_value.bias"):
+            other, value = (torch.cat([bias[:32], bias[48:]]) for bias in (other, value))
+        torch.testing.assert_close(other, value, rtol=0, atol=2e-4)
 
 
-@pytest.mark.parametrize("run", [*(f"ddp/{method}" for method in DDP), *(f"{z}/{m}" for z in STAGES for m in METHODS)])
+@pytest.mark.parametrize("run", [*each(*(f"ddp/{method}" for method in DDP)), *DEEPSPEED_RUNS])
 def test_losses_and_result_are_those_of_one_process(runs, run):
     one = f"one/{Path(run).name}"
     assert len(losses(runs.folder / run)) == STEPS
@@ -140,21 +179,22 @@ def test_losses_and_result_are_those_of_one_process(runs, run):
     assert_close(runs.trained(run), runs.trained(one))
 
 
-def test_results_load_alone(runs):
+@pytest.mark.parametrize("run", each(*(f"{zero}/{method}" for zero in STAGES for method in ("full", "ptuning"))))
+def test_results_load_alone(runs, run):
     """Official layout, as inference.py reads it; ZeRO-3 gathers what it had shared out."""
+    if run.endswith("ptuning"):
+        assert load_model(runs.model, pt_checkpoint=runs.folder / run).prefix_encoder.length == 4
+        return
     official = load_file(runs.model / "model.safetensors")
-    base = load_model(runs.model).state_dict()
-    for zero in STAGES:
-        folder = runs.folder / zero / "full"
-        assert {name: value.shape for name, value in runs.trained(f"{zero}/full").items()} == {
-            name: value.shape for name, value in official.items()
-        }
-        state = load_model(folder).state_dict()
-        assert [name for name in base if torch.equal(base[name], state[name]) and "k_proj.bias" not in name] == []
-        assert load_tokenizer(folder).get_command("<|user|>") == load_tokenizer(runs.model).get_command("<|user|>")
-        assert load_model(runs.model, pt_checkpoint=runs.folder / zero / "ptuning").prefix_encoder.length == 4
+    base, state = load_model(runs.model).state_dict(), load_model(runs.folder / run).state_dict()
+    shapes = {name: value.shape for name, value in runs.trained(run).items()}
+    assert shapes == {name: value.shape for name, value in official.items()}
+    assert [name for name in base if torch.equal(base[name], state[name]) and "k_proj.bias" not in name] == []
+    command = load_tokenizer(runs.folder / run).get_command("<|user|>")
+    assert command == load_tokenizer(runs.model).get_command("<|user|>")
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(shutil.which("c++") is None, reason="DeepSpeed builds its Adam for the host with a C++ compiler")
 def test_offloading_gives_the_losses_of_one_process(runs):
     """With the optimizer's state, and with the weights too, in the host's memory; and with half a run taken up."""
@@ -172,12 +212,11 @@ def test_offloading_gives_the_losses_of_one_process(runs):
             assert_close(runs.trained(run), runs.trained("one/full"))
 
 
-@pytest.mark.parametrize("zero", STAGES)
-@pytest.mark.parametrize("method", DDP)
-def test_checkpoints_leave_frozen_weights_out(runs, zero, method):
+@pytest.mark.parametrize("run", each(*(f"{zero}/{method}" for zero in STAGES for method in DDP)))
+def test_checkpoints_leave_frozen_weights_out(runs, run):
     """The base model has them; those of 6B are 12 GB."""
-    checkpoint = runs.folder / zero / method / "checkpoint-2"
-    trained = sum(4 * value.numel() for value in runs.trained(f"{zero}/{method}").values())
+    checkpoint = runs.folder / run / "checkpoint-2"
+    trained = sum(4 * value.numel() for value in runs.trained(run).values())
     tensors = 0
     for path in checkpoint.rglob("*model_states.pt"):
         with zipfile.ZipFile(path) as archive:
@@ -189,30 +228,26 @@ def test_checkpoints_leave_frozen_weights_out(runs, zero, method):
 def later(runs) -> dict[str, str]:
     """What later calls on copies of the runs print: same, again, best (two processes), other (one process)."""
     kinds = {"same": [], "other": []}
-    for method in DDP:  # first: accelerate takes every run after one with DeepSpeed in the same process for another
-        output = runs.copy_until(2, f"ddp/{method}", "other")
-        kinds["other"].append(runs.command(output, options(1, method, resume_from_checkpoint=True)))
-    for kind, processes in (("same", 2), ("other", 1)):
-        for zero in STAGES:
-            for method in METHODS:
-                output = runs.copy_until(2, f"{zero}/{method}", kind)
-                given = options(processes, method, zero, resume_from_checkpoint=True)
-                kinds[kind].append(runs.command(output, given))
-    for zero in STAGES:
-        # All steps are done, the result is lost.
-        output = runs.copy_until(STEPS, f"{zero}/full", "again")
-        given = options(2, "full", zero, resume_from_checkpoint=True, validation_file=runs.data)
-        kinds["same"].append(runs.command(output, given))
-        for method in METHODS:
+    for run in runs.wanted:  # ddp first: accelerate takes every run after one with DeepSpeed for another
+        kind, method = run.split("/")
+        zero = None if kind == "ddp" else kind
+        for name, processes in (("same", 2), ("other", 1))[kind == "ddp" :]:
+            given = options(processes, method, zero, resume_from_checkpoint=True)
+            kinds[name].append(runs.command(runs.copy_until(2, run, name), given))
+        if zero:
             # The "best" one is the worst: not the last.
             choice = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
             given = options(2, method, zero, validation_file=runs.data, **choice)
-            kinds["same"].append(runs.command(runs.folder / "best" / zero / method, given))
+            kinds["same"].append(runs.command(runs.folder / "best" / run, given))
+        if zero and method == "full":
+            # All steps are done, the result is lost.
+            given = options(2, method, zero, resume_from_checkpoint=True, validation_file=runs.data)
+            kinds["same"].append(runs.command(runs.copy_until(STEPS, run, "again"), given))
     return {"same": launch(2, kinds["same"], runs.folder), "other": launch(1, kinds["other"], runs.folder)}
 
 
 @pytest.mark.parametrize("kind", ["same", "other"])
-@pytest.mark.parametrize("run", [f"{zero}/{method}" for zero in STAGES for method in METHODS])
+@pytest.mark.parametrize("run", DEEPSPEED_RUNS)
 def test_a_resumed_run_ends_as_the_whole_one(runs, later, kind, run):
     """Also with another number of processes, through DeepSpeed's universal checkpoint."""
     folder = runs.folder / kind / run
@@ -221,21 +256,20 @@ def test_a_resumed_run_ends_as_the_whole_one(runs, later, kind, run):
     assert {path.name for path in (folder / "checkpoint-2").iterdir()}.isdisjoint({"universal", "latest_universal"})
 
 
-@pytest.mark.parametrize("method", DDP)
-def test_without_deepspeed_the_number_of_processes_may_change(runs, later, method):
-    assert losses(runs.folder / "other" / "ddp" / method) == pytest.approx(
-        losses(runs.folder / "one" / method), rel=1e-5
-    )
+@pytest.mark.parametrize("run", each(*(f"ddp/{method}" for method in DDP)))
+def test_without_deepspeed_the_number_of_processes_may_change(runs, later, run):
+    one = runs.folder / "one" / Path(run).name
+    assert losses(runs.folder / "other" / run) == pytest.approx(losses(one), rel=1e-5)
     assert "gradient_accumulation_steps was 2, is 4; processes was 2, is 1" in later["other"]
 
 
-@pytest.mark.parametrize("zero", STAGES)
-def test_a_finished_run_without_its_result_writes_it(runs, later, zero):
-    assert_close(runs.trained(f"again/{zero}/full"), runs.trained(f"{zero}/full"))
-    assert "eval_loss" in read_log(runs.folder / "again" / zero / "full")[-1]
+@pytest.mark.parametrize("run", each(*(f"{zero}/full" for zero in STAGES)))
+def test_a_finished_run_without_its_result_writes_it(runs, later, run):
+    assert_close(runs.trained(f"again/{run}"), runs.trained(run))
+    assert "eval_loss" in read_log(runs.folder / "again" / run)[-1]
 
 
-@pytest.mark.parametrize("run", [f"{zero}/{method}" for zero in STAGES for method in METHODS])
+@pytest.mark.parametrize("run", DEEPSPEED_RUNS)
 def test_the_best_checkpoint_is_the_result(runs, later, run):
     folder = runs.folder / "best" / run
     state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
@@ -256,6 +290,7 @@ SCRIPT = [REPOSITORY / "scripts" / "finetune_ds_multiturn.sh", "--use_cpu", "--t
 SCRIPT += ["--lr_scheduler_type", "constant", "--seed", "42", "--plot_loss", "False"]
 
 
+@pytest.mark.thorough
 def test_the_script_of_prompts_and_responses_goes_on_with_another_number_of_processes(files, tmp_path):
     """Two steps on two processes, three more on one, against five on one without DeepSpeed."""
     pairs = [{"prompt": f"宝可梦{i}的属性", "response": "草属性" * (i % 3 + 1)} for i in range(16)]
@@ -276,6 +311,7 @@ def test_the_script_of_prompts_and_responses_goes_on_with_another_number_of_proc
     assert_close(load_file(output / "model.safetensors"), load_file(tmp_path / "whole" / "model.safetensors"))
 
 
+@pytest.mark.thorough
 def test_two_nodes_give_the_losses_of_one_process(runs, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -346,6 +382,7 @@ def test_a_killed_rank_ends_the_run_which_then_goes_on(files, tmp_path):
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, None: torch.float32}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", ["ds_zero2", "ds_zero2_offload", "ds_zero3", "ds_zero3_offload"])
 def test_configurations_take_their_precision_from_the_flags(files, tmp_path, name, precision):
@@ -370,6 +407,7 @@ def test_configurations_take_their_precision_from_the_flags(files, tmp_path, nam
     assert (zero.offload_param is not None) == (name == "ds_zero3_offload")
 
 
+@pytest.mark.thorough
 def test_four_ranks_load_one_copy(tmp_path):
     """Each keeps its quarter, and holds one whole parameter at a time beside it."""
     config = ChatGLM3Config(
@@ -395,3 +433,33 @@ def test_four_ranks_load_one_copy(tmp_path):
     assert sum(rank["kept_bytes"] for rank in ranks) == pytest.approx(size, rel=0.01)
     assert all(rank["peak_bytes"] < 0.5 * size for rank in ranks)
     assert sum(rank["peak_bytes"] for rank in ranks) < 2 * size
+
+
+def test_locks_of_builds_that_were_killed_are_removed(tmp_path, monkeypatch, caplog):
+    """DeepSpeed waits for them forever; those that a process holds stay, and young ones where other nodes may build."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+
+    def make_lock(name: str, age: float = 5) -> Path:
+        lock = tmp_path / "py311_cpu" / name / "lock"
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        lock.touch()
+        os.utime(lock, (time.time() - age,) * 2)
+        return lock
+
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    old, young, built = make_lock("old", LONGEST_BUILD + 60), make_lock("young"), make_lock("built", 10**6)
+    with built.open():
+        remove_stale_locks()
+        assert (old.exists(), young.exists(), built.exists()) == (False, True, True)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+        remove_stale_locks()
+    assert (young.exists(), built.exists()) == (False, True)
+    assert f"removed {young}: no process holds it" in caplog.text and str(built) not in caplog.text
+
+    def refuse(*_, **__):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(UserError, match=r"it cannot be removed .read-only.: remove it, or name another folder"):
+        remove_stale_locks()

@@ -1,12 +1,10 @@
 """plan_memory.py: the user's two settings on paper, remedies, DeepSpeed's settings, errors; finetune.py --dry_run."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 from conftest import REPOSITORY
@@ -17,7 +15,7 @@ from finetune_chatmodel_demo.chatglm3 import ChatGLM3Config
 from finetune_chatmodel_demo.training.memory import GIB
 from finetune_chatmodel_demo.training.remedies import find_remedies, read_gpu_memory
 from finetune_chatmodel_demo.training.run_plan import make_plan
-from finetune_chatmodel_demo.training.zero import LONGEST_BUILD, find_stale_locks, read_zero
+from finetune_chatmodel_demo.training.zero import read_zero
 
 CONFIGS = REPOSITORY / "finetune_chatmodel_demo" / "configs"
 GB = 10**9
@@ -78,17 +76,6 @@ def test_zero_settings_of_the_configurations():
     offloaded = make_plan({**ALL_PARAMETERS, "deepspeed": str(CONFIGS / "ds_zero3_offload.json")}, gpus=4)
     assert "optimizer" not in offloaded.memory.parts
     assert offloaded.host > 12 * PARAMETERS
-
-
-def test_locks_of_builds_that_were_killed_are_found(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    assert find_stale_locks() == []
-    for name, age in (("old", LONGEST_BUILD + 60), ("new", 5)):
-        lock = tmp_path / "py311_cpu" / name / "lock"
-        lock.parent.mkdir(parents=True)
-        lock.touch()
-        os.utime(lock, (time.time() - age,) * 2)
-    assert find_stale_locks() == [tmp_path / "py311_cpu" / "old" / "lock"]
 
 
 def test_remedies_make_it_fit():

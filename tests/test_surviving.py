@@ -71,9 +71,9 @@ def run_in_child(argv: list[str], printed: Path) -> None:
     os._exit(finetune.main(argv))
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("wanted", [6, pytest.param(20, marks=pytest.mark.thorough)])
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked from a server, so that they start at once")
-def test_twenty_kills_at_random_moments_lose_at_most_one_save_interval(model, data, tmp_path):
+def test_kills_at_random_moments_lose_at_most_one_save_interval(wanted, model, data, tmp_path):
     """Kills fall where they fall: in steps, while a checkpoint is written, while old ones are removed."""
     draw = random.Random(7)
     options = {"pre_seq_len": 4, "max_steps": STEPS, "save_steps": SAVE_STEPS, "save_total_limit": 3}
@@ -107,12 +107,12 @@ def test_twenty_kills_at_random_moments_lose_at_most_one_save_interval(model, da
         log = killed / "trainer_log.jsonl"
         lines = log.read_text().splitlines() if log.exists() else []
         assert max((json.loads(line)["current_steps"] for line in lines), default=0) - reached <= SAVE_STEPS
-        if kills == 20:
+        if kills == wanted:
             break
         if reached > STEPS / 2:  # start anew, so that kills find a run at work
             shutil.rmtree(killed)
             reached = 0
-    assert kills == 20
+    assert kills == wanted
     last = context.Process(target=run_in_child, args=(flags(model, data, killed, **options), printed))
     last.start()
     last.join()

@@ -24,7 +24,7 @@ from finetune_chatmodel_demo.training.arguments import (
 from finetune_chatmodel_demo.training.counts import check_counts
 from finetune_chatmodel_demo.training.evaluation_checks import check_evaluation, check_overfit_check
 from finetune_chatmodel_demo.training.settings import Settings, trains
-from finetune_chatmodel_demo.training.zero import find_stale_locks, read_stage
+from finetune_chatmodel_demo.training.zero import read_stage
 
 # Flags that mean something for one method only → how to choose it.
 FLAGS_OF_METHOD = {
@@ -238,11 +238,6 @@ def _check_deepspeed(settings: Settings) -> None:
         raise UserError("--deepspeed needs the package deepspeed: pip install deepspeed")
     if not trains(settings.given):
         raise UserError("--deepspeed shares out what training needs, and this run does not train; drop it")
-    settings.notices.extend(
-        f"{lock} is left of a build that did not end, and DeepSpeed will wait for it; if no other run is building now, "
-        "remove this file"
-        for lock in find_stale_locks()
-    )
     if read_stage(settings.given["deepspeed"]) == 3:
         _check_zero3(settings)
     elif settings.method in (P_TUNING, LORA):

@@ -1,12 +1,12 @@
 """DeepSpeed ZeRO: what its stages share out among the processes, and what a run with it has to do differently.
 
-    ZeRO-2   gradients and the optimizer's state are shared out, every process holds all weights
-    ZeRO-3   the weights are shared out as well, from the moment they are loaded
-
-Exercise it with `pytest -m slow tests/test_deepspeed.py`.
+ZeRO-2   gradients and the optimizer's state are shared out, every process holds all weights
+ZeRO-3   the weights are shared out as well, from the moment they are loaded
 """
 
+import contextlib
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -27,6 +27,10 @@ from finetune_chatmodel_demo.training.run_shape import Zero
 
 # Beside DeepSpeed's files in a checkpoint, while a run with another number of processes takes it up.
 UNIVERSAL, LATEST_UNIVERSAL = "universal", "latest_universal"
+# Seconds. One of its extensions took two minutes on two busy cores.
+LONGEST_BUILD = 900
+
+logger = logging.getLogger(__name__)
 
 
 def connect() -> None:
@@ -37,8 +41,47 @@ def connect() -> None:
     """
     import deepspeed
 
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        remove_stale_locks()
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed()
+
+
+def remove_stale_locks() -> None:
+    """Removes locks of builds that were killed: DeepSpeed would wait for them to end, without a word and forever.
+
+    It builds small extensions at first, through torch.utils.cpp_extension, whose lock is a file that the builder holds
+    open. One that no process here holds is left over; where several nodes may share the folder, after 15 minutes.
+
+    Raises:
+        UserError: when such a lock cannot be removed.
+    """
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    is_alone = os.environ.get("WORLD_SIZE", "1") == os.environ.get("LOCAL_WORLD_SIZE", "1")
+    held = None
+    for lock in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
+        held = _list_open_files() if held is None else held
+        if str(lock.resolve()) in held or not (is_alone or time.time() - lock.stat().st_mtime > LONGEST_BUILD):
+            continue
+        try:
+            lock.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{lock} is left of a build that was killed, and DeepSpeed would wait for it forever; it cannot be "
+                f"removed ({error}): remove it, or name another folder in TORCH_EXTENSIONS_DIR"
+            ) from error
+        logger.warning("removed %s: no process holds it, it is left of a build that was killed", lock)
+
+
+def _list_open_files() -> set[str]:
+    """What the processes of this machine hold open, as far as it may be seen."""
+    found = set()
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            found.add(os.readlink(link))
+    return found
 
 
 def leave_out_frozen(engine: Any) -> None:
@@ -150,8 +193,6 @@ def _convert(checkpoint: Path, before: int) -> None:
 
 # DeepSpeed's own defaults, in numbers (https://www.deepspeed.ai/docs/config-json/).
 ZERO_BUCKET, ZERO_LIVE = 5e8, 1e9
-# Seconds. One of its extensions took two minutes on two busy cores.
-LONGEST_BUILD = 900
 
 
 def read_stage(config: object) -> int:
@@ -198,18 +239,6 @@ def _number(value: Any, automatic: float, default: float) -> float:
 
 def _is_offloaded(section: Any) -> bool:
     return isinstance(section, dict) and section.get("device", "none") != "none"
-
-
-def find_stale_locks() -> list[Path]:
-    """Locks of builds that were killed: DeepSpeed would wait for them to end, without a word and forever.
-
-    It builds small extensions at first, through torch.utils.cpp_extension.
-    """
-    from torch.utils.cpp_extension import get_default_build_root
-
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    locks = [*root.glob("*/lock"), *root.glob("*/*/lock")]
-    return sorted(lock for lock in locks if time.time() - lock.stat().st_mtime > LONGEST_BUILD)
 
 
 def _read_section(config: object) -> dict[str, Any]:
