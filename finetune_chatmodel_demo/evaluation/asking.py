@@ -107,7 +107,9 @@ def ask_questions(
 
 def judge(questions: QuestionSet, dialogue: int, turn: Turn, reply: str, ended: bool) -> Answer:
     """One reply against the facts."""
-    asked = {"column": turn.column, "subject": turn.subject, "question": turn.text}
+    # The words of the reference are as good as those of the question: a reply may say "none" in them.
+    words = f"{turn.text}\n{turn.reference}" if turn.is_answerable else turn.text
+    asked = {"column": turn.column, "subject": turn.subject, "question": words}
     verdict = check_reply(questions.table, reply=reply, ended=ended, **asked)
     is_verbatim = ended and normalize(reply) in map(normalize, turn.wordings)
     beginning = re.split(r"[\n。！？]", reply.strip(), maxsplit=1)[0]

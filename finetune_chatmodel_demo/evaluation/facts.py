@@ -1,19 +1,19 @@
-"""What a column of a table holds: a number with a unit, a list, a text, or yes and no; inferred from its cells.
+"""The facts that answers are held against: what each column holds, every subject's cells, all names a reply may drop.
 
-`question_builder.py --show_fields` prints what was inferred for a CSV; a template's `fields:` overrides it.
+What a column holds (a number with a unit, a list, a text, yes and no) is inferred from its cells;
+`question_builder.py --show_fields` prints it for a CSV, and a template's `evaluation.fields` overrides it.
 """
 
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from functools import cached_property
 from typing import Any
 
 from finetune_chatmodel_demo.common.errors import UserError
 
-KINDS = ("number", "list", "text", "flag")
 MEASURES = {
     "length": "米 1, 公尺 1, m 1, 厘米 0.01, 公分 0.01, cm 0.01, 毫米 0.001, mm 0.001, 分米 0.1, 千米 1000, "
     "公里 1000, km 1000",
@@ -38,20 +38,36 @@ SENTENCE_MARKS = re.compile(r"[。!?\n:]")
 CLAUSE_MARKS = re.compile(r"[。!?\n;,，、]+")
 
 
+def normalize(text: str) -> str:
+    """NFKC, lower case, one kind of quotes, no repeated white space: what both sides of a comparison go through."""
+    text = unicodedata.normalize("NFKC", text).casefold()
+    text = re.sub("[‘’]", "'", re.sub("[“”]", '"', text))
+    return re.sub(r"[^\S\n]+", " ", text).strip()
+
+
+def canonical(number: Decimal) -> Decimal:
+    """0.70 → 0.7, 100.0 → 100: the one spelling by which numbers are compared."""
+    return Decimal(format(number.normalize(), "f"))
+
+
+def is_cjk(character: str) -> bool:
+    """A letter of a script that puts no spaces between words."""
+    return character.isalpha() and not character.isascii() and ord(character) >= 0x2E80
+
+
 @dataclass(frozen=True)
 class Field:
     """One column.
 
     Attributes:
         column: its name in the CSV.
-        kind: one of KINDS. A "text" of several clauses is compared clause by clause, as a list is.
+        kind: number, list, text or flag. A text of several clauses is compared clause by clause, as a list is.
         unit: of a number, as a key of UNITS or a word of its own; empty: none.
         separator: between the items of a list.
         labels: what questions and answers call the column; the first is used in new questions.
         aliases: other word → the item that it means.
         vocabulary: every item that the column has anywhere in the table, normalized.
         left, right: characters that the template puts directly before and after the column's value.
-        empty_words: pairs of characters from the template's wordings for an empty cell, which an answer "none" shares.
     """
 
     column: str
@@ -63,68 +79,46 @@ class Field:
     vocabulary: frozenset[str] = frozenset()
     left: str = ""
     right: str = ""
-    empty_words: frozenset[str] = frozenset()
 
     @property
     def label(self) -> str:
         return self.labels[0] if self.labels else self.column
 
+    @property
+    def measure(self) -> str:
+        """What the unit measures; empty without a unit."""
+        return UNITS[self.unit][0] if self.unit in UNITS else self.unit
+
     def items(self, cell: str) -> tuple[str, ...]:
-        """The normalized items of a cell; none for an empty one. A number is one item without its unit."""
+        """The normalized items of a cell; none for an empty one. A number is one item without its unit.
+
+        Raises:
+            UserError: a cell of a number column holds not exactly one number.
+        """
         text = normalize(cell)
         if not text:
             return ()
+        parts = [text]
         if self.kind == "number":
-            return (str(plain_number(text)),)
-        if self.kind == "list":
+            found = NUMBER.findall(text)
+            if len(found) != 1:
+                raise UserError(f"column {self.column} is declared a number, but a cell is not: {text!r}")
+            parts = [str(canonical(Decimal(found[0].replace(",", ""))))]
+        elif self.kind == "list":
             parts = text.split(normalize(self.separator) or " ")
-            return tuple(dict.fromkeys(item.strip() for item in parts if item.strip()))
-        if self.kind == "text" and (len(text) > LONGEST_ITEM * 2 or SENTENCE_MARKS.search(text)):
-            return tuple(dict.fromkeys(filter(None, (part.strip() for part in CLAUSE_MARKS.split(text)))))
-        return (text,)
+        elif self.kind == "text" and (len(text) > LONGEST_ITEM * 2 or SENTENCE_MARKS.search(text)):
+            parts = CLAUSE_MARKS.split(text)
+        return tuple(dict.fromkeys(item.strip() for item in parts if item.strip()))
 
     def to_json(self) -> dict[str, Any]:
         """As question files hold it."""
-        return {
-            "column": self.column, "kind": self.kind, "unit": self.unit, "separator": self.separator,
-            "labels": list(self.labels), "aliases": dict(self.aliases), "vocabulary": sorted(self.vocabulary),
-            "left": self.left, "right": self.right, "empty_words": sorted(self.empty_words),
-        }  # fmt: skip
+        return {**self.__dict__, "labels": list(self.labels), "vocabulary": sorted(self.vocabulary)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Field":
-        """The inverse of `to_json`."""
-        return cls(
-            **{key: data[key] for key in ("column", "kind", "unit", "separator", "left", "right")},
-            labels=tuple(data["labels"]),
-            aliases=dict(data["aliases"]),
-            vocabulary=frozenset(data["vocabulary"]),
-            empty_words=frozenset(data["empty_words"]),
-        )
-
-
-def normalize(text: str) -> str:
-    """NFKC, lower case, one kind of quotes, no repeated white space: what both sides of a comparison go through."""
-    text = unicodedata.normalize("NFKC", text).casefold()
-    text = re.sub("[‘’]", "'", re.sub("[“”]", '"', text))
-    return re.sub(r"[^\S\n]+", " ", text).strip()
-
-
-def plain_number(text: str) -> Decimal:
-    """The number of a normalized cell, with or without a unit behind it; equal numbers become equal.
-
-    Raises:
-        UserError: there is not exactly one number.
-    """
-    found = NUMBER.findall(text)
-    if len(found) != 1:
-        raise UserError(f"expected one number, got {text!r}")
-    return canonical(Decimal(found[0].replace(",", "")))
-
-
-def canonical(number: Decimal) -> Decimal:
-    """0.70 → 0.7, 100.0 → 100: the one spelling by which numbers are compared."""
-    return Decimal(format(number.normalize(), "f"))
+        """The inverse of `to_json`; files of older versions hold one key more."""
+        plain = {key: data[key] for key in ("column", "kind", "unit", "separator", "aliases", "left", "right")}
+        return cls(**plain, labels=tuple(data["labels"]), vocabulary=frozenset(data["vocabulary"]))
 
 
 def infer_kind(cells: Iterable[str]) -> tuple[str, str, str]:
@@ -136,21 +130,16 @@ def infer_kind(cells: Iterable[str]) -> tuple[str, str, str]:
         cells are short (14 characters) and hold no sentence; else "text".
     """
     texts = [text for cell in cells if (text := normalize(cell))]
-    if not texts:
-        return "text", "", "、"
     if set(texts) <= YES | NO and len(set(texts)) > 1:
         return "flag", "", "、"
     numbers = [re.fullmatch(rf"({NUMBER.pattern}) ?(\D{{0,4}})", text) for text in texts]
-    if all(numbers):
-        units = {match.group(2) for match in numbers}
-        if len(units) == 1:
-            return "number", units.pop(), "、"
+    if texts and all(numbers) and len(units := {match.group(2) for match in numbers}) == 1:
+        return "number", units.pop(), "、"
     for separator in SEPARATORS:
-        if not any(separator in text for text in texts):
-            continue
-        short = [all(_is_short(item) for item in text.split(separator)) for text in texts]
-        if sum(short) >= 0.98 * len(short):
-            return "list", "", separator
+        if any(separator in text for text in texts):
+            short = [all(_is_short(item) for item in text.split(separator)) for text in texts]
+            if sum(short) >= 0.98 * len(short):
+                return "list", "", separator
     return "text", "", "、"
 
 
@@ -159,10 +148,7 @@ def _is_short(item: str) -> bool:
 
 
 def infer_unit(following: Sequence[str]) -> str:
-    """The unit that answers put behind a column's placeholder: the longest word of UNITS that all texts start with.
-
-    A wording with nothing but punctuation there makes no difference to the others only where none has a unit.
-    """
+    """The unit that answers put behind a column's placeholder: the longest word of UNITS that all texts start with."""
     starts = [normalize(text) for text in following]
     shared = [unit for unit in UNITS if starts and all(text.startswith(unit) for text in starts)]
     return max(shared, key=len, default="")
@@ -175,10 +161,10 @@ def build_field(
 
     Args:
         declared: any of kind, unit, separator, labels, aliases; wins over what is inferred.
-        hints: left, right, empty_words, as in `Field`.
+        hints: left, right, as in `Field`.
 
     Raises:
-        UserError: a declared number column has a cell that is none.
+        UserError: a declared number column has a cell that is none, or an alias stands for no item.
     """
     declared = declared or {}
     kind, cell_unit, separator = infer_kind(cells)
@@ -191,17 +177,12 @@ def build_field(
         aliases={normalize(word): normalize(item) for word, item in declared.get("aliases", {}).items()},
         **hints,
     )
-    items: set[str] = set()
-    for cell in cells:
-        try:
-            items.update(found.items(cell))
-        except UserError as error:
-            raise UserError(f"column {column} is declared a number, but a cell is not: {error}") from None
-    unknown = sorted(set(found.aliases.values()) - items)
-    if unknown and found.kind in ("list", "text"):
+    items = frozenset(item for cell in cells for item in found.items(cell))
+    if found.kind not in ("list", "text"):
+        return found
+    if unknown := sorted(set(found.aliases.values()) - items):
         raise UserError(f"aliases of column {column} stand for {unknown[0]!r}, which no cell holds")
-    vocabulary = frozenset(items) if found.kind in ("list", "text") else frozenset()
-    return Field(**{**found.__dict__, "vocabulary": vocabulary})
+    return replace(found, vocabulary=items)
 
 
 @dataclass(frozen=True)
@@ -217,7 +198,7 @@ class Token:
 
 @dataclass(frozen=True)
 class FactTable:
-    """What is known.
+    """What is known; kept inside a question file.
 
     Attributes:
         fields: column → its field.
@@ -230,10 +211,6 @@ class FactTable:
     names: Mapping[str, str]
 
     @cached_property
-    def lexicon(self) -> "Lexicon":
-        return Lexicon(self)
-
-    @cached_property
     def labels(self) -> dict[str, str]:
         """What a column is called, normalized → the column; of two with one label, the first."""
         pairs = [(normalize(label), field.column) for field in self.fields.values() for label in field.labels]
@@ -242,16 +219,51 @@ class FactTable:
     @cached_property
     def naming_columns(self) -> frozenset[str]:
         """Columns whose values are names of subjects (进化自)."""
-        kinds = ("list", "text")
         return frozenset(
-            column
-            for column, field in self.fields.items()
-            if field.kind in kinds and any(item in self.names for item in field.vocabulary)
+            column for column, field in self.fields.items() if any(item in self.names for item in field.vocabulary)
         )
+
+    @cached_property
+    def _words(self) -> dict[str, tuple[set[str], set[str]]]:
+        """Known word → (subjects that it names, columns of which it is an item)."""
+        words: dict[str, tuple[set[str], set[str]]] = {}
+        for name, subject in self.names.items():
+            words.setdefault(name, (set(), set()))[0].add(subject)
+        for column, held in self.fields.items():
+            for word in (*held.vocabulary, *held.aliases):
+                words.setdefault(word, (set(), set()))[1].add(column)
+        return words
+
+    @cached_property
+    def _lengths(self) -> dict[str, list[int]]:
+        """First character of a known word → lengths of such words, the longest first."""
+        lengths: dict[str, set[int]] = {}
+        for word in filter(None, self._words):
+            lengths.setdefault(word[0], set()).add(len(word))
+        return {first: sorted(found, reverse=True) for first, found in lengths.items()}
 
     def items(self, subject: str, column: str) -> tuple[str, ...]:
         """Normalized items of a subject's cell; none where the cell is empty."""
         return self.fields[column].items(self.cells[subject].get(column, ""))
+
+    def find(self, text: str) -> list[Token]:
+        """The known words of a normalized text, without overlaps, the longest first: no 火 stands in 火恐龙."""
+        tokens, start = [], 0
+        while start < len(text):
+            token = self._find_at(text, start)
+            if token is not None:
+                tokens.append(token)
+            start = token.end if token else start + 1
+        return tokens
+
+    def _find_at(self, text: str, start: int) -> Token | None:
+        """The longest known word that starts here; one in Latin letters is a whole word."""
+        for length in self._lengths.get(text[start], ()):
+            end = start + length
+            if text[start:end] in self._words and not (_cuts_word(text, start) or _cuts_word(text, end)):
+                subjects, columns = self._words[text[start:end]]
+                return Token(start, end, text[start:end], frozenset(subjects), frozenset(columns))
+        return None
 
     def to_json(self) -> dict[str, Any]:
         """As question files hold it."""
@@ -268,60 +280,10 @@ class FactTable:
         return cls({field.column: field for field in fields}, data["cells"], data["names"])
 
 
-class Lexicon:
-    """Finds names and items of a table in a text, the longest first: 火恐龙 is a name, and no 火 stands in it."""
-
-    def __init__(self, table: FactTable) -> None:
-        subjects: dict[str, set[str]] = {}
-        columns: dict[str, set[str]] = {}
-        for name, subject in table.names.items():
-            subjects.setdefault(name, set()).add(subject)
-        for column, held in table.fields.items():
-            for word in (*held.vocabulary, *held.aliases):
-                columns.setdefault(word, set()).add(column)
-        self._meanings = {
-            word: (frozenset(subjects.get(word, ())), frozenset(columns.get(word, ())))
-            for word in subjects.keys() | columns.keys()
-            if word
-        }
-        lengths: dict[str, set[int]] = {}
-        for word in self._meanings:
-            lengths.setdefault(word[0], set()).add(len(word))
-        self._lengths = {first: sorted(found, reverse=True) for first, found in lengths.items()}
-
-    def find(self, text: str) -> list[Token]:
-        """The known words of a normalized text, from left to right, without overlaps."""
-        tokens, i = [], 0
-        while i < len(text):
-            token = self._at(text, i)
-            if token is not None:
-                tokens.append(token)
-            i = token.end if token else i + 1
-        return tokens
-
-    def _at(self, text: str, start: int) -> Token | None:
-        if _is_latin(text[start]) and start and _is_latin(text[start - 1]):
-            return None  # inside a word
-        for length in self._lengths.get(text[start], ()):
-            end = start + length
-            word = text[start:end]
-            if word not in self._meanings:
-                continue
-            if end < len(text) and _is_latin(word[-1]) and _is_latin(text[end]):
-                continue
-            subjects, columns = self._meanings[word]
-            return Token(start, end, word, subjects, columns)
-        return None
-
-
-def _is_latin(character: str) -> bool:
-    """A letter or digit of a script that puts spaces between words."""
-    return character.isascii() and character.isalnum()
-
-
-def is_cjk(character: str) -> bool:
-    """A letter of a script that puts no spaces between words."""
-    return character.isalpha() and not character.isascii() and ord(character) >= 0x2E80
+def _cuts_word(text: str, position: int) -> bool:
+    """Does the position lie between two letters of a script that puts spaces between words?"""
+    pair = text[max(position - 1, 0) : position + 1]
+    return position > 0 and len(pair) == 2 and pair.isascii() and pair.isalnum()
 
 
 def normalized_names(names: Mapping[str, str]) -> dict[str, str]:

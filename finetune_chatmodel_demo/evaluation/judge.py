@@ -6,12 +6,12 @@ in return. Wrong: all else, also where the right value stands beside a wrong one
 subject, has another unit, is a piece of a longer word or number, or where the reply never ends.
 """
 
+import os
 import re
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
-from finetune_chatmodel_demo.evaluation.facts import NO, UNITS, YES, FactTable, Field, normalize
-from finetune_chatmodel_demo.evaluation.reading import CLAUSE_BREAK, NEGATION, Number, Reading, convert, read_reply
+from finetune_chatmodel_demo.evaluation.facts import NO, YES, FactTable, Field, normalize
+from finetune_chatmodel_demo.evaluation.reading import CLAUSE_BREAK, NEGATION, Number, Reading, read_reply
 
 OUTCOMES = ("exact", "partial", "wrong", "missing")
 IGNORANCE = re.compile(
@@ -59,9 +59,6 @@ class Verdict:
     expected: tuple[str, ...]
     reason: str = ""
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def check_reply(
     table: FactTable, *, column: str | None, subject: str | None, reply: str, ended: bool = True, question: str = ""
@@ -72,7 +69,8 @@ def check_reply(
         column: what was asked for; None: what the table cannot answer, where the right reply says so.
         subject: about whom; None: about somebody who is not in the table.
         ended: the model ended the reply by itself; one that only the token limit stopped is wrong.
-        question: the wording that was asked: a reply may say "none" in its words, and name what it names.
+        question: the wording that was asked, and perhaps a right answer: a reply may say "none" in its words, and
+            name what it names.
     """
     is_answerable = column is not None and subject is not None
     items = table.items(subject, column) if is_answerable else ()
@@ -88,9 +86,6 @@ def check_reply(
         return _wrong(reading, items, f"speaks about {', '.join(sorted(others))}")
     if field.kind == "flag":
         return _check_flag(table, field, reading, items)
-    for item, columns in reading.asides.items():
-        if not any(item in table.items(subject, other) for other in columns or table.fields):
-            reading.stated.add(item)
     if false_column := _false_column(table, subject, reading):
         return _wrong(reading, items, f"false about {false_column}")
     if not items:
@@ -115,7 +110,7 @@ def _fault(text: str, ended: bool) -> tuple[str, str] | None:
 def _related_subjects(table: FactTable, subject: str, reading: Reading, question: str) -> set[str]:
     """Whom a reply may name: those in the question and, beside the subject, those that its own cells name."""
     found = set()
-    for token in table.lexicon.find(normalize(question)):
+    for token in table.find(normalize(question)):
         found |= token.subjects
     if reading.names_subject:
         named = {item for column in table.fields for item in table.items(subject, column)}
@@ -159,8 +154,8 @@ def _check_items(field: Field, reading: Reading, truth: frozenset[str]) -> Verdi
 
 def _stems(field: Field, reading: Reading) -> set[str]:
     """Values said without the ending that all values of the column share (种子宝可梦 as 种子, 绿色 as 绿)."""
-    ending = _shared_ending(field)
-    if not ending:
+    ending = os.path.commonprefix([value[::-1] for value in field.vocabulary])[::-1]  # noqa: RUF071 - no paths
+    if not ending or len(field.vocabulary) < 2:
         return set()
     parts = re.split(r"[是为叫作属于类的色系或和与及、,。!;:/\s\0]+", reading.masked)
     return {part + ending for part in parts if part + ending in field.vocabulary}
@@ -170,17 +165,6 @@ def _made_up_names(field: Field, reading: Reading) -> set[str]:
     """Words in Latin letters that the table does not know, in a column of such words (英文名)."""
     latin = sum(item.isascii() for item in field.vocabulary)
     return set(LATIN_WORD.findall(reading.masked)) if latin > 0.9 * len(field.vocabulary) else set()
-
-
-def _shared_ending(field: Field) -> str:
-    values = sorted(field.vocabulary)
-    if len(values) < 2:
-        return ""
-    ending = values[0]
-    for value in values:
-        while not value.endswith(ending):
-            ending = ending[1:]
-    return ending
 
 
 def _false_column(table: FactTable, subject: str, reading: Reading) -> str | None:
@@ -195,11 +179,8 @@ def _false_column(table: FactTable, subject: str, reading: Reading) -> str | Non
 
 def _is_other_fact(table: FactTable, subject: str, number: Number) -> bool:
     """Is it, by its unit, the true value of the one column that is measured so (重6.9公斤, after the height)?"""
-    measure = UNITS.get(number.unit, (number.unit, 1))[0]
-    fields = [f for f in table.fields.values() if f.unit and UNITS.get(f.unit, (f.unit, 1))[0] == measure]
-    if len(fields) != 1:
-        return False
-    return str(convert(number, fields[0].unit)) in table.items(subject, fields[0].column)
+    fits = [(field, value) for field in table.fields.values() if field.unit and (value := number.convert(field.unit))]
+    return number.unit != "" and len(fits) == 1 and fits[0][1] in table.items(subject, fits[0][0].column)
 
 
 def _check_none(field: Field, reading: Reading, question: str) -> Verdict:
@@ -208,7 +189,7 @@ def _check_none(field: Field, reading: Reading, question: str) -> Verdict:
         return _wrong(reading, (), "a value where there is none")
     if IGNORANCE.search(reading.text) or reading.is_question:
         return Verdict("missing", 0.0, (), (), "asks back" if reading.is_question else "declines")
-    pairs = field.empty_words | _pairs(normalize(question)) | {p for label in field.labels for p in _pairs(label)}
+    pairs = _pairs(normalize(question)) | {pair for label in field.labels for pair in _pairs(label)}
     is_about = bool(_pairs(reading.text) & (pairs - EMPTY_PAIRS)) or BARE_NONE.fullmatch(reading.text)
     if NONE.search(reading.masked) and is_about:
         return Verdict("exact", 1.0, (), ())
@@ -217,11 +198,6 @@ def _check_none(field: Field, reading: Reading, question: str) -> Verdict:
 
 def _pairs(text: str) -> frozenset[str]:
     return frozenset(text[i : i + 2] for i in range(len(text) - 1) if text[i : i + 2].isalpha())
-
-
-def none_words(wordings: list[str]) -> frozenset[str]:
-    """Pairs of characters by which a wording for an empty cell is told from one for another column."""
-    return frozenset().union(*(_pairs(normalize(wording)) for wording in wordings)) - EMPTY_PAIRS
 
 
 def _check_flag(table: FactTable, field: Field, reading: Reading, items: tuple[str, ...]) -> Verdict:
@@ -268,4 +244,4 @@ def _check_unanswerable(table: FactTable, reading: Reading, question: str) -> Ve
 
 
 def _known_values(table: FactTable, text: str) -> set[str]:
-    return {token.text for token in table.lexicon.find(text) if token.columns and not token.subjects}
+    return {token.text for token in table.find(text) if token.columns and not token.subjects}

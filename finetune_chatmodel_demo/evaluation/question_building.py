@@ -326,6 +326,6 @@ class DialogueBuilder:
         for _ in range(TRIES if len(names) > 1 else 0):
             first, second = self.draw.sample(names, 2)
             name = first[: (len(first) + 1) // 2] + second[(len(second) + 1) // 2 :]
-            if not any(token.subjects for token in self.table.lexicon.find(normalize(name))):
+            if not any(token.subjects for token in self.table.find(normalize(name))):
                 return name
         return None

@@ -21,7 +21,7 @@ from finetune_chatmodel_demo.evaluation.facts import (
     is_cjk,
     normalized_names,
 )
-from finetune_chatmodel_demo.evaluation.judge import check_reply, none_words
+from finetune_chatmodel_demo.evaluation.judge import check_reply
 from finetune_chatmodel_demo.evaluation.questions import Dialogue, Turn
 from finetune_chatmodel_demo.evaluation.reading import read_reply
 
@@ -104,7 +104,8 @@ class QuestionPool:
                 (
                     wording
                     for wording in self.wordings(ask.question, ask.row)
-                    if check_reply(self.table, column=column, subject=subject, reply=wording).outcome == "exact"
+                    if check_reply(self.table, column=column, subject=subject, reply=wording, question=wording).outcome
+                    == "exact"
                 ),
                 None,
             )
@@ -201,16 +202,8 @@ def build_fact_table(template: Template, rows: Sequence[Row]) -> FactTable:
 
 
 def _build_field(template: Template, column: str, cells: Sequence[str]) -> Field:
-    wordings = [phrase for question in template.questions if question.column == column for phrase in _said(question)]
-    around = list(_around(wordings, column))
-    empty = [
-        phrase.text
-        for question in template.questions
-        if question.column == column
-        for case in question.answers
-        if any(c.column == column and c.comparison == "is" and "" in c.wanted for c in case.where)
-        for phrase in case.say
-    ]
+    answers = [case.say for question in template.questions if question.column == column for case in question.answers]
+    around = list(_around([phrase for say in answers for phrase in say], column))
     declared = template.evaluation.fields.get(column, {})
     if around and "kind" not in declared and infer_kind(cells)[0] == "flag" and set(cells) <= {"0", "1", ""}:
         declared = {**declared, "kind": "number"}  # an answer that spells 0 and 1 out is no yes or no
@@ -221,7 +214,6 @@ def _build_field(template: Template, column: str, cells: Sequence[str]) -> Field
         unit=infer_unit([behind for _, behind in around]),
         left="".join(sorted({before[-1] for before, _ in around if before and is_cjk(before[-1])})),
         right="".join(sorted({behind[0] for _, behind in around if behind and is_cjk(behind[0])})),
-        empty_words=none_words(empty),
     )
 
 
@@ -233,11 +225,6 @@ def _with_related_words(field: Field, fields: Mapping[str, Field]) -> Field:
         if shared and 2 * len(shared) >= min(len(field.vocabulary), len(other.vocabulary)):
             vocabulary |= other.vocabulary
     return replace(field, vocabulary=frozenset(vocabulary))
-
-
-def _said(question: Question) -> Iterator[Phrase]:
-    for case in question.answers:
-        yield from case.say
 
 
 def _around(wordings: Sequence[Phrase], column: str) -> Iterator[tuple[str, str]]:

@@ -149,9 +149,7 @@ def check_training_file(questions: QuestionSet, path: str | Path) -> dict[str, O
     for record in read_records(path):
         users = [message["content"] for message in record["conversations"] if message["role"] == "user"]
         said.update(map(normalize, users))
-        named = {
-            s for token in questions.table.lexicon.find(normalize(users[0] if users else "")) for s in token.subjects
-        }
+        named = {s for token in questions.table.find(normalize(users[0] if users else "")) for s in token.subjects}
         if named and named <= held_out:
             leaks.append(users[0])
     if leaks:

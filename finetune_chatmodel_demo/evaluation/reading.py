@@ -1,6 +1,6 @@
 """What a reply states, about which column of which subject: sentences, negations, headings, numbers with units.
 
-`read_reply` finds; `fact_checking.check_reply` judges. `python -m pytest tests/test_fact_checking.py` exercises both.
+`read_reply` finds; `judge.check_reply` judges.
 """
 
 import itertools
@@ -29,8 +29,6 @@ NEGATION = re.compile(r"不(?![过仅只止光但错知同论如管])|没(?!错|
 # Adverbs that look like items of the Pokémon table (一般 is a type).
 COMMON_WORDS = re.compile(r"一般(?:来说|来讲|而言|情况|都|会|在|能|可以|需要|只|不)")
 HEADING_LINK = r"(?:种族值|属性|数值|值)?\s?(?:分别)?(?:是|为|:|=|有|包括|包含|写着|大约|约|达到|(?=\d))"
-# A word this long needs no boundary behind it (第一世代登场): no longer word begins with it.
-LONG_WORD = 4
 # What stands before a heading that is about the subject: its name (blanked out), a pronoun, or a word that joins.
 HEADING_OWNER = re.compile(r"(?:(?:\0|[它他她该其]|宝可梦|家伙)的?|[和及与而且])$")
 # A made-up item behind (草、光) or before (光、草) a known one. What begins with a pronoun or the like is no item.
@@ -40,12 +38,21 @@ JOINED_BEFORE = re.compile(r"[是为有叫怕用:,。!\s]([^\W\d_是为有的]{1
 JOINED_LENGTH = 10  # what JOINED_BEFORE matches at most: 1 + 6 + 2, and a line break that `$` passes over
 # Behind a name: 妙蛙种子的属性…, 妙蛙种子没有…; but 妙蛙种子的进化形态 is somebody else.
 OWNS = re.compile(r"的(?!进化)|(?:并)?(?:没有?|不|无)")
+# A word this long needs no boundary behind it (第一世代登场): no longer word begins with it.
+LONG_WORD = 4
 # Beside these a value still stands by itself, and so it does beside what is no Chinese letter, beside another known
 # word, and beside what the template's own answers put there.
 LEFT_NEIGHBOURS = frozenset(
     "是为叫做作成于有的被由从到在和与及或以跟同带怕呈归写着称名自属算指即含它只会还而就约者用让对种个"
 )
 RIGHT_NEIGHBOURS = frozenset("属系的和与及或以跟同色类型招两三四种这是也都会能吧呢啊哦喔呀了时等双单为宝群")
+# Counting words: 两种属性, 第1世代 and 6项 are no values.
+COUNTED = re.compile(r"\s?(?:种|只|个|位|世代|代|项|条|名|类|步|句)")
+CHINESE_DIGITS = "零一二三四五六七八九"
+CHINESE_NUMBER = re.compile(
+    r"(?<![\d.])[零〇一二两三四五六七八九十][零〇一二两三四五六七八九十百千万]*(?:点[零〇一二三四五六七八九]+)?"
+)
+Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,14 @@ class Number:
     start: int
     value: Decimal
     unit: str
+
+    def convert(self, unit: str) -> str | None:
+        """The value in `unit`; None where its own unit measures something else. A bare number has the asked unit."""
+        if self.unit in ("", unit):
+            return str(canonical(self.value))
+        measure, factor = UNITS.get(self.unit, (self.unit, Decimal(1)))
+        wanted, wanted_factor = UNITS.get(unit, (unit, Decimal(1)))
+        return str(canonical(self.value * factor / wanted_factor)) if measure == wanted else None
 
 
 @dataclass
@@ -67,8 +82,6 @@ class Reading:
         stated: items and numbers that it gives for the asked column.
         denied: those that it negates.
         embedded: items inside a longer word that the table does not know (大种子宝可梦).
-        asides: what it says in passing before it comes to the point (妙蛙种子是草属性，所以它的弱点是…), with the
-            columns that are named beside it.
         unknown: what it lists beside known items, and nobody in the table has (草、毒、光).
         others: column → what it gives under that column's own heading.
         names_subject: it names the asked subject.
@@ -82,13 +95,19 @@ class Reading:
     stated: set[str] = field(default_factory=set)
     denied: set[str] = field(default_factory=set)
     embedded: set[str] = field(default_factory=set)
-    asides: dict[str, set[str]] = field(default_factory=dict)
     unknown: set[str] = field(default_factory=set)
     others: dict[str, set[str]] = field(default_factory=dict)
     names_subject: bool = False
     other_subjects: set[str] = field(default_factory=set)
     foreign: list[Number] = field(default_factory=list)
     is_question: bool = False
+
+    def note(self, value: str, heading: str | None, is_negated: bool) -> None:
+        """A value of the asked column, or of the one under whose heading it stands."""
+        if heading is None:
+            (self.denied if is_negated else self.stated).add(value)
+        elif not is_negated:
+            self.others.setdefault(heading, set()).add(value)
 
 
 def read_reply(
@@ -119,12 +138,11 @@ class _Reader:
         self.table, self.text, self.column, self.subject, self.expected = table, text, column, subject, expected
         self.asked = table.fields[column] if column is not None else None
         idioms = [match.span() for match in COMMON_WORDS.finditer(text)]
-        self.tokens = [token for token in table.lexicon.find(text) if not _inside(token.start, idioms)]
+        self.tokens = [token for token in table.find(text) if not _inside(token.start, idioms)]
+        self.starts, self.ends = {token.start for token in self.tokens}, {token.end for token in self.tokens}
         self.masked = self._mask()
         self.questions = list(_question_spans(text))
         self.negated = list(_negated_spans(self.masked))
-        self.headings = list(self._headings())
-        self.point = min((start for start, _, owner in self.headings if owner is None), default=0)
         self.reading = Reading(text, self.masked)
 
     def read(self) -> Reading:
@@ -132,9 +150,7 @@ class _Reader:
         for token in self.tokens:
             if not _inside(token.start, self.questions):
                 self._take_token(token)
-        # Where nothing can be known, every number is one too many.
-        measures = measures_of(self.table) if self.asked else frozenset(measure for measure, _ in UNITS.values())
-        for number in find_numbers(self.masked, units_of(self.table), measures):
+        for number in find_numbers(self.masked, self.table, all_measures=self.asked is None):
             if not _inside(number.start, self.questions):
                 self._take_number(number)
         return self.reading
@@ -146,25 +162,14 @@ class _Reader:
         self.reading.names_subject |= self.subject in token.subjects
         if owner is not None and self._is_value(token, owner):
             item = owner.aliases.get(token.text, token.text)
-            if heading and not is_negated:
-                self.reading.others.setdefault(heading, set()).add(item)
-            elif is_negated and not heading:
-                self.reading.denied.add(item)
-            elif not heading and token.start < self.point:
-                self.reading.asides[item] = self._columns_named_beside(token)
-            elif not heading:
-                stated = self.reading.stated if self._stands_alone(token, owner) else self.reading.embedded
-                stated.add(item)
+            if heading or is_negated or self._stands_alone(token, owner):
+                self.reading.note(item, heading, is_negated)
+            else:
+                self.reading.embedded.add(item)
+            if not heading and not is_negated:
                 self.reading.unknown.update(self._unknown_neighbours(token))
         elif token.subjects and self.subject not in token.subjects and not is_negated:
             self.reading.other_subjects.add(min(token.subjects))
-
-    def _columns_named_beside(self, token: Token) -> set[str]:
-        """Other columns whose label stands in the token's clause."""
-        start = max((match.end() for match in CLAUSE_BREAK.finditer(self.masked, 0, token.start)), default=0)
-        behind = CLAUSE_BREAK.search(self.masked, token.end)
-        clause = self.masked[start : behind.start() if behind else len(self.masked)]
-        return {column for label, column in self.table.labels.items() if label in clause and column != self.column}
 
     def _is_value(self, token: Token, owner: Field) -> bool:
         """Is the word a value of this column? Where values are names (进化自), every name but the subject's own is."""
@@ -179,10 +184,8 @@ class _Reader:
         """Is the name no answer, but the one of whom something else is said (妙蛙种子的属性是草, 妙蛙种子没有弱点)?"""
         if OWNS.match(self.masked, token.end):
             return True
-        if not self.masked.startswith("是", token.end):
-            return False
-        following = next((other for other in self.tokens if other.start > token.start), None)
-        return following is not None and following.start == token.end + 1 and not following.subjects
+        following = next((other for other in self.tokens if other.start == token.end + 1), None)
+        return self.masked.startswith("是", token.end) and following is not None and not following.subjects
 
     def _stands_alone(self, token: Token, owner: Field) -> bool:
         """Is this the word itself, and not a part of a longer one that the table does not know?"""
@@ -190,25 +193,17 @@ class _Reader:
         right = self.text[token.end : token.end + 1] or " "
         is_left = not (is_cjk(left) and is_cjk(token.text[0])) or left in LEFT_NEIGHBOURS or left in owner.left
         is_right = not (is_cjk(right) and is_cjk(token.text[-1])) or right in RIGHT_NEIGHBOURS or right in owner.right
-        is_right = is_right or token.end in self._token_starts or len(token.text) >= LONG_WORD
-        return (is_left or token.start in self._token_ends) and is_right
+        is_right = is_right or token.end in self.starts or len(token.text) >= LONG_WORD
+        return (is_left or token.start in self.ends) and is_right
 
     def _unknown_neighbours(self, token: Token) -> Iterator[str]:
         """What is joined to a value by 、 or 和 and is no word of the table: another value, made up."""
         behind = JOINED_BEHIND.match(self.masked, token.end)
-        if behind and behind.start(1) not in self._token_starts and not behind[1].startswith(tuple(self.table.labels)):
+        if behind and behind.start(1) not in self.starts and not behind[1].startswith(tuple(self.table.labels)):
             yield behind[1]
         before = JOINED_BEFORE.search(self.masked, max(token.start - JOINED_LENGTH, 0), token.start)
-        if before and before.end(1) not in self._token_ends:
+        if before and before.end(1) not in self.ends:
             yield before[1]
-
-    @cached_property
-    def _token_starts(self) -> set[int]:
-        return {token.start for token in self.tokens}
-
-    @cached_property
-    def _token_ends(self) -> set[int]:
-        return {token.end for token in self.tokens}
 
     def _take_number(self, number: Number) -> None:
         """Note a number as the answer, as another column's value, or as one of another unit."""
@@ -218,11 +213,9 @@ class _Reader:
             if not is_negated:
                 self.reading.stated.add(str(number.value))
         elif owner.kind == "number":
-            value = convert(number, owner.unit)
-            if heading and not is_negated and value is not None:
-                self.reading.others.setdefault(heading, set()).add(str(value))
-            elif not heading and value is not None:
-                (self.reading.denied if is_negated else self.reading.stated).add(str(value))
+            value = number.convert(owner.unit)
+            if value is not None:
+                self.reading.note(value, heading, is_negated)
             elif not heading and not is_negated:
                 self.reading.foreign.append(number)
 
@@ -234,7 +227,8 @@ class _Reader:
                 characters[token.start : token.end] = "\0" * (token.end - token.start)
         return "".join(characters)
 
-    def _headings(self) -> Iterator[tuple[int, int, str | None]]:
+    @cached_property
+    def headings(self) -> list[tuple[int, int, str | None]]:
         """(from, to, column): up to the next heading or the end of the sentence, the text is about that column.
 
         The asked column's own heading gives None. 它的属性是 is a heading, and 它害怕的属性是 is none.
@@ -242,12 +236,13 @@ class _Reader:
         owners = self.table.labels
         words = "|".join(re.escape(label) for label in sorted(owners, key=len, reverse=True))
         found = [m for m in re.finditer(rf"({words}){HEADING_LINK}", self.masked) if self._begins_word(m.start())]
-        for i, match in enumerate(found):
-            end = SENTENCE.match(self.masked, match.end()).end()
-            if i + 1 < len(found):
-                end = min(end, found[i + 1].start())
+        edges = [match.start() for match in found[1:]] + [len(self.masked)]
+        headings = []
+        for match, edge in zip(found, edges):
+            end = min(edge, SENTENCE.match(self.masked, match.end()).end())
             owner = owners[match.group(1)]
-            yield match.end(), end, None if owner == self.column else owner
+            headings.append((match.end(), end, None if owner == self.column else owner))
+        return headings
 
     def _begins_word(self, start: int) -> bool:
         before = self.masked[:start]
@@ -257,14 +252,14 @@ class _Reader:
         return next((owner for start, end, owner in self.headings if start <= position < end), None)
 
 
-def _question_spans(text: str) -> Iterator[tuple[int, int]]:
+def _question_spans(text: str) -> Iterator[Span]:
     """Where the reply asks instead of telling."""
     for match in SENTENCE.finditer(text):
         if match[0].strip() and QUESTION_END.search(match[0].rstrip()):
             yield match.span()
 
 
-def _negated_spans(masked: str) -> Iterator[tuple[int, int]]:
+def _negated_spans(masked: str) -> Iterator[Span]:
     """From a negation to the end of its clause."""
     edges = [0, *(match.end() for match in CLAUSE_BREAK.finditer(masked)), len(masked)]
     for start, end in itertools.pairwise(edges):
@@ -272,35 +267,21 @@ def _negated_spans(masked: str) -> Iterator[tuple[int, int]]:
             yield match.start(), end
 
 
-def _inside(position: int, spans: list[tuple[int, int]]) -> bool:
+def _inside(position: int, spans: list[Span]) -> bool:
     return any(start <= position < end for start, end in spans)
 
 
-# Counting words: 两种属性, 第1世代 and 6项 are no values.
-COUNTED = re.compile(r"\s?(?:种|只|个|位|世代|代|项|条|名|类|步|句)")
-CHINESE_DIGITS = "零一二三四五六七八九"
-CHINESE_NUMBER = re.compile(
-    r"(?<![\d.])[零〇一二两三四五六七八九十][零〇一二两三四五六七八九十百千万]*(?:点[零〇一二三四五六七八九]+)?"
-)
-
-
-def convert(number: Number, unit: str) -> Decimal | None:
-    """The number in `unit`; None where its own unit measures something else. A bare number has the asked unit."""
-    if number.unit in ("", unit):
-        return canonical(number.value)
-    measure, factor = UNITS.get(number.unit, (number.unit, Decimal(1)))
-    wanted, wanted_factor = UNITS.get(unit, (unit, Decimal(1)))
-    return canonical(number.value * factor / wanted_factor) if measure == wanted else None
-
-
-def find_numbers(text: str, units: frozenset[str], measures: frozenset[str]) -> Iterator[Number]:
+def find_numbers(text: str, table: FactTable, *, all_measures: bool) -> Iterator[Number]:
     """Numbers of a normalized text. 16.9 is one number and holds no 6.9.
 
     Args:
-        units: words that are a unit when they stand directly behind a number.
-        measures: what the table measures: Chinese numbers count only before a unit of one of these (七十厘米), or with
-            a fraction (零点七).
+        all_measures: a Chinese number counts before every known unit; else before a unit of what the table measures
+            (七十厘米). It always counts with a fraction (零点七).
     """
+    own = {field.unit for field in table.fields.values() if field.unit}
+    measures = {measure for measure, _ in UNITS.values()} if all_measures else set()
+    measures |= {field.measure for field in table.fields.values() if field.unit}
+    units = sorted(own | UNITS.keys(), key=len, reverse=True)
     for match in NUMBER.finditer(text):
         unit = _unit_behind(text, match.end(), units)
         is_ordinal = text[: match.start()].endswith("第") and text[match.end() :].startswith(("位", "名"))
@@ -312,15 +293,14 @@ def find_numbers(text: str, units: frozenset[str], measures: frozenset[str]) -> 
             yield Number(match.start(), canonical(read_chinese_number(match[0])), unit)
 
 
-def _unit_behind(text: str, position: int, units: frozenset[str]) -> str:
+def _unit_behind(text: str, position: int, units: list[str]) -> str:
     """The longest unit that the text goes on with, or nothing; `m` must not be the beginning of a word."""
-    if text[position : position + 1] == " ":
-        position += 1
-    for length in range(max(map(len, units), default=0), 0, -1):
-        unit, after = text[position : position + length], text[position + length : position + length + 1]
-        goes_on = unit[-1:].isascii() and unit[-1:].isalpha() and after.isascii() and after.isalpha()
-        if len(unit) == length and unit in units and not goes_on:
-            return unit
+    following = text[position : position + 20].removeprefix(" ")
+    for unit in units:
+        if following.startswith(unit):
+            joint = unit[-1] + following[len(unit) : len(unit) + 1]
+            if not (len(joint) == 2 and joint.isascii() and joint.isalpha()):
+                return unit
     return ""
 
 
@@ -338,11 +318,3 @@ def read_chinese_number(text: str) -> Decimal:
             digit = 0
     digits = "".join(str(CHINESE_DIGITS.index(character)) for character in fraction)
     return Decimal(f"{total + section + digit}.{digits or '0'}")
-
-
-def units_of(table: FactTable) -> frozenset[str]:
-    return frozenset(UNITS) | {field.unit for field in table.fields.values() if field.unit}
-
-
-def measures_of(table: FactTable) -> frozenset[str]:
-    return frozenset(UNITS.get(field.unit, (field.unit, 1))[0] for field in table.fields.values() if field.unit)
