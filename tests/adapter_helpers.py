@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from finetune_chatmodel_demo.chatglm3 import load_model
-from finetune_chatmodel_demo.chatglm3.adapters import add_adapter, save_adapter
+from finetune_chatmodel_demo.chatglm3.lora import add_adapter, save_adapter
 
 OFFICIAL_TARGETS = {
     "query_key_value": "self_attention.query_key_value",

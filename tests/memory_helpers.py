@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from finetune_chatmodel_demo.chatglm3 import ChatGLM3Config, ChatGLM3ForCausalLM
-from finetune_chatmodel_demo.chatglm3.adapters import add_adapter
-from finetune_chatmodel_demo.chatglm3.recomputing import set_policy
+from finetune_chatmodel_demo.chatglm3.kernels import set_policy
+from finetune_chatmodel_demo.chatglm3.lora import add_adapter
 
 LORA_RANK = 8
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from training_helpers import assert_resumes_to_the_same_weights, decide, load_result, losses, read_log
 
 from finetune_chatmodel_demo.chatglm3 import ChatGLM3ForCausalLM, load_model
-from finetune_chatmodel_demo.chatglm3.adapters import load_adapter
+from finetune_chatmodel_demo.chatglm3.lora import load_adapter
 from finetune_chatmodel_demo.training import checkpoints, methods
 from finetune_chatmodel_demo.training.stages import dpo_settings
 

@@ -14,7 +14,7 @@ from generation_helpers import build_prefix_folder, build_random_folder
 
 from finetune_chatmodel_demo import evaluate
 from finetune_chatmodel_demo.chatglm3 import load_model
-from finetune_chatmodel_demo.chatglm3.adapters import add_adapter, save_adapter
+from finetune_chatmodel_demo.chatglm3.lora import add_adapter, save_adapter
 from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.evaluation import asking, candidates, comparison_report
 from finetune_chatmodel_demo.evaluation.comparison import (

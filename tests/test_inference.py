@@ -20,7 +20,7 @@ from generation_helpers import PREFIX_LENGTH, build_prefix_folder, build_random_
 
 from finetune_chatmodel_demo import inference
 from finetune_chatmodel_demo.chatglm3 import load_model
-from finetune_chatmodel_demo.chatglm3.adapters import add_adapter, load_adapter, save_adapter
+from finetune_chatmodel_demo.chatglm3.lora import add_adapter, load_adapter, save_adapter
 from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.conversation.render import render_prompt
 from finetune_chatmodel_demo.generation import choose as choosing

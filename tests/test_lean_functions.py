@@ -12,7 +12,7 @@ from training_helpers import losses, make_model, train, write_conversations
 from transformers.models.glm.modeling_glm import GlmRMSNorm
 
 from finetune_chatmodel_demo.chatglm3 import ChatGLM3Config
-from finetune_chatmodel_demo.chatglm3.lean_functions import ChatGLM3RMSNorm, compile_elementwise, swiglu
+from finetune_chatmodel_demo.chatglm3.kernels import ChatGLM3RMSNorm, compile_elementwise, swiglu
 
 ROWS, TOKENS, WIDTH = 2, 7, 48
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

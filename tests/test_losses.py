@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from memory_helpers import PeakCounter
 from torch import nn
 
-from finetune_chatmodel_demo.chatglm3 import ChatGLM3Config, ChatGLM3ForCausalLM, losses
-from finetune_chatmodel_demo.chatglm3.losses import summed_cross_entropy
+from finetune_chatmodel_demo.chatglm3 import ChatGLM3Config, ChatGLM3ForCausalLM, kernels
+from finetune_chatmodel_demo.chatglm3.kernels import summed_cross_entropy
 
 WIDTH, VOCABULARY, POSITIONS = 24, 96, 20
 
@@ -29,7 +29,7 @@ def draw(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor
 @pytest.mark.parametrize("is_trained", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_value_and_gradients_are_those_of_full_logits(dtype, is_trained, chunk, monkeypatch):
-    monkeypatch.setattr(losses, "LOSS_CHUNK", chunk)
+    monkeypatch.setattr(kernels, "LOSS_CHUNK", chunk)
     head, (hidden, targets) = make_head(dtype, is_trained), draw(dtype)
     expected = F.cross_entropy(head(hidden).float(), targets, reduction="sum")
     (expected / 3).backward()
@@ -48,7 +48,7 @@ def test_value_and_gradients_are_those_of_full_logits(dtype, is_trained, chunk, 
 @pytest.mark.parametrize("chunk", [1024, 7])
 @pytest.mark.parametrize("is_frozen", [False, True])
 def test_a_model_has_the_loss_and_gradients_of_full_logits(is_frozen, chunk, monkeypatch):
-    monkeypatch.setattr(losses, "LOSS_CHUNK", chunk)
+    monkeypatch.setattr(kernels, "LOSS_CHUNK", chunk)
     sizes = {"padded_vocab_size": 128, "hidden_size": 64, "ffn_hidden_size": 96, "kv_channels": 16}
     model = ChatGLM3ForCausalLM(ChatGLM3Config(**sizes, num_attention_heads=4, num_layers=2))
     model.lm_head.requires_grad_(not is_frozen)
@@ -71,7 +71,7 @@ def test_a_model_has_the_loss_and_gradients_of_full_logits(is_frozen, chunk, mon
 
 
 def test_behind_a_frozen_head_each_chunk_is_computed_once(monkeypatch):
-    monkeypatch.setattr(losses, "LOSS_CHUNK", 7)
+    monkeypatch.setattr(kernels, "LOSS_CHUNK", 7)
     calls = {}
     for is_trained in (False, True):
         head, (hidden, targets) = make_head(is_trained=is_trained), draw()
@@ -83,7 +83,7 @@ def test_behind_a_frozen_head_each_chunk_is_computed_once(monkeypatch):
 
 
 def test_without_gradients_a_trained_head_is_as_a_frozen_one(monkeypatch):
-    monkeypatch.setattr(losses, "LOSS_CHUNK", 7)
+    monkeypatch.setattr(kernels, "LOSS_CHUNK", 7)
     head, (hidden, targets) = make_head(is_trained=True), draw()
     expected = summed_cross_entropy(head, hidden, targets).item()
     with torch.no_grad():
@@ -101,7 +101,7 @@ def test_a_head_that_is_no_plain_matrix_still_counts(monkeypatch):
     expected = summed_cross_entropy(head, hidden, targets).item()
     for other in (wrapped, biased, shared):
         assert summed_cross_entropy(other, hidden, targets).item() == pytest.approx(expected, rel=1e-6)
-        assert not losses._is_frozen_matrix(other)
+        assert not kernels._is_frozen_matrix(other)
 
 
 @pytest.mark.parametrize("is_trained", [False, True])
@@ -122,7 +122,7 @@ def test_no_positions_are_a_zero_with_a_graph(is_trained):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_chunk_of_logits_exists_at_a_time(dtype, monkeypatch):
-    monkeypatch.setattr(losses, "LOSS_CHUNK", 4)
+    monkeypatch.setattr(kernels, "LOSS_CHUNK", 4)
     head, (hidden, targets) = make_head(dtype), draw(dtype)
     counter = PeakCounter()
     for tensor in (head.weight, hidden, targets):

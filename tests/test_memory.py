@@ -16,10 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Linear
 
 from finetune_chatmodel_demo.chatglm3 import ChatGLM3Config, ChatGLM3ForCausalLM
-from finetune_chatmodel_demo.chatglm3.adapters import add_adapter
-from finetune_chatmodel_demo.chatglm3.losses import summed_cross_entropy
+from finetune_chatmodel_demo.chatglm3.kernels import set_policy, summed_cross_entropy
+from finetune_chatmodel_demo.chatglm3.lora import add_adapter
 from finetune_chatmodel_demo.chatglm3.prefix import PrefixEncoder
-from finetune_chatmodel_demo.chatglm3.recomputing import set_policy
 from finetune_chatmodel_demo.training.memory import (
     GIB,
     _weight_copies,

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from training_helpers import assert_resumes_to_the_same_weights, decide, load_result, read_log, train
 
 from finetune_chatmodel_demo.chatglm3 import load_model
-from finetune_chatmodel_demo.chatglm3.adapters import read_adapter_config
+from finetune_chatmodel_demo.chatglm3.lora_files import read_adapter_config
 from finetune_chatmodel_demo.training import methods, trainer
 
 PROBE = torch.tensor([[5, 17, 99, 250, 31, 7, 1200, 44]])

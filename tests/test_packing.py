@@ -17,10 +17,9 @@ from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_helpers import losses, make_model, train, write_conversations
 
-from finetune_chatmodel_demo.chatglm3 import ChatGLM3Config, ChatGLM3ForCausalLM, packing, prefix
-from finetune_chatmodel_demo.chatglm3.adapters import add_adapter
-from finetune_chatmodel_demo.chatglm3.attention import Prefix
-from finetune_chatmodel_demo.chatglm3.packing import Packing, _flex
+from finetune_chatmodel_demo.chatglm3 import ChatGLM3Config, ChatGLM3ForCausalLM, attention, prefix
+from finetune_chatmodel_demo.chatglm3.attention import Packing, Prefix, _flex
+from finetune_chatmodel_demo.chatglm3.lora import add_adapter
 from finetune_chatmodel_demo.conversation.collating import PackCollator
 from finetune_chatmodel_demo.conversation.packing import group_rows
 
@@ -181,12 +180,12 @@ def make_tensors(heads: int, tokens: int, groups: int, keys: int, channels: int,
 @pytest.mark.parametrize("copies", [1, 4])
 def test_the_way_of_cuda_gives_the_same_output(copies, monkeypatch):
     """FlexAttention without its compiler, on the CPU."""
-    monkeypatch.setattr(packing, "_compiled_flex_attention", lambda: flex.flex_attention)
+    monkeypatch.setattr(attention, "_compiled_flex_attention", lambda: flex.flex_attention)
     module = build("full").model.layers[1].self_attn
     torch.manual_seed(1)
     query, key, value = make_tensors(4, sum(LENGTHS), 2, sum(LENGTHS), 8)
     prefix = Prefix(3, torch.randn(2, 2, copies, 2, 3, 8))
-    ours = packing.packed_attention(module, query, key, value, Packing(LENGTHS), prefix, module.scaling)
+    ours = attention.packed_attention(module, query, key, value, Packing(LENGTHS), prefix, module.scaling)
     found = _flex(module, query, key, value, Packing(LENGTHS), prefix, module.scaling)
     torch.testing.assert_close(found, ours, rtol=1e-5, atol=1e-6)
 
@@ -203,8 +202,8 @@ def test_the_way_of_cuda_under_autocast(kind, monkeypatch):
     model, rows = build(kind).eval(), make_rows()
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         expected = model(**pack(rows)).loss
-        monkeypatch.setattr(packing, "_compiled_flex_attention", lambda: attend)
-        monkeypatch.setattr(packing, "uses_flex", lambda *arguments: True)
+        monkeypatch.setattr(attention, "_compiled_flex_attention", lambda: attend)
+        monkeypatch.setattr(attention, "uses_flex", lambda *arguments: True)
         loss = model(**pack(rows)).loss
     assert seen == [{torch.bfloat16}] * 2  # layers
     assert loss.item() == pytest.approx(expected.item(), rel=0.01)
@@ -231,7 +230,7 @@ def test_rows_of_all_lengths_share_three_kernels():
             copies = (len(row.lengths), 1, 0)[number // 5]
             prefix = Prefix(length, torch.randn(2, 2, copies, 2, length, 16)) if copies else None
             tensors = make_tensors(4, sum(row.lengths), 2, sum(row.lengths), 16)
-            expected = packing.packed_attention(module, *tensors, row, prefix, 0.25)
+            expected = attention.packed_attention(module, *tensors, row, prefix, 0.25)
             torch.testing.assert_close(_flex(module, *tensors, row, prefix, 0.25), expected, rtol=1e-4, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
 
@@ -249,9 +248,9 @@ def test_training_and_evaluation_compile_four_times(monkeypatch):
 
     monkeypatch.setattr(flex, "_validate_device", lambda *tensors: None)  # refuses gradients on the CPU
     function = torch.compile(flex.flex_attention, fullgraph=True, backend=count)
-    monkeypatch.setattr(packing, "_compiled_flex_attention", lambda: function)
+    monkeypatch.setattr(attention, "_compiled_flex_attention", lambda: function)
     torch._dynamo.reset()
-    assert packing._works_in_flex.__wrapped__(CPU, torch.bfloat16, 4, 2, 16, 0.25, True)
+    assert attention._works_in_flex.__wrapped__(CPU, torch.bfloat16, 4, 2, 16, 0.25, True)
     assert len(compiled) == 2
     for number, row in enumerate(random_rows(12)):
         is_training = number % 4 < 3
@@ -262,7 +261,7 @@ def test_training_and_evaluation_compile_four_times(monkeypatch):
                 query, key, value = make_tensors(4, tokens, 2, keys, 16, dtype=torch.bfloat16)
                 for tensor, has_gradient in ((query, layer > 0), (key, True), (value, True)):
                     tensor.requires_grad_(is_training and has_gradient)
-                packing._attend(query, key, value, row.block_mask(copies, 24, CPU), 0.25)
+                attention._attend(query, key, value, row.block_mask(copies, 24, CPU), 0.25)
     assert len(compiled) == 4
 
 
@@ -277,10 +276,10 @@ def test_where_flex_attention_fails_packing_goes_on_without(monkeypatch, caplog)
         calls.append(arguments)
         raise RuntimeError("No valid triton configs.\nRequired: 131074 Hardware limit: 101376")
 
-    monkeypatch.setattr(packing, "_compiled_flex_attention", lambda: fail)
-    packing._works_in_flex.cache_clear()
-    assert [packing._works_in_flex(*TRIAL) for _ in range(3)] == [False] * 3
-    packing._works_in_flex.cache_clear()
+    monkeypatch.setattr(attention, "_compiled_flex_attention", lambda: fail)
+    attention._works_in_flex.cache_clear()
+    assert [attention._works_in_flex(*TRIAL) for _ in range(3)] == [False] * 3
+    attention._works_in_flex.cache_clear()
     assert len(calls) == 1
     assert caplog.messages == [
         "packed rows are computed conversation by conversation, which is slower: FlexAttention fails here "
@@ -293,10 +292,10 @@ def test_the_trial_is_invisible_to_checkpointing(monkeypatch):
         return F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=enable_gqa)
 
     saved = []
-    monkeypatch.setattr(packing, "_compiled_flex_attention", lambda: attend)
+    monkeypatch.setattr(attention, "_compiled_flex_attention", lambda: attend)
     before = torch.get_rng_state()
     with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda tensor: tensor), torch.no_grad():
-        assert packing._works_in_flex.__wrapped__(*TRIAL)
+        assert attention._works_in_flex.__wrapped__(*TRIAL)
     assert saved == [] and torch.equal(before, torch.get_rng_state())
 
 
@@ -304,15 +303,15 @@ def test_too_little_memory_is_no_reason_to_do_without(monkeypatch):
     def fail(*arguments, **options):
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(packing, "_compiled_flex_attention", lambda: fail)
+    monkeypatch.setattr(attention, "_compiled_flex_attention", lambda: fail)
     with pytest.raises(torch.OutOfMemoryError):
-        packing._works_in_flex.__wrapped__(*TRIAL)
+        attention._works_in_flex.__wrapped__(*TRIAL)
 
 
 def test_old_versions_do_without(monkeypatch):
-    monkeypatch.setattr(packing, "_attend", None)
+    monkeypatch.setattr(attention, "_attend", None)
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.6.0+cu124"))
-    assert packing._works_in_flex.__wrapped__(*TRIAL) is False
+    assert attention._works_in_flex.__wrapped__(*TRIAL) is False
 
 
 def test_cuda_gets_a_mask_that_keeps_its_fused_kernel():

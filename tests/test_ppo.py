@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from training_helpers import decide, die_at, flags, read_log, train, write_conversations
 
 from finetune_chatmodel_demo.chatglm3 import load_model
-from finetune_chatmodel_demo.chatglm3.adapters import load_adapter
+from finetune_chatmodel_demo.chatglm3.lora import load_adapter
 from finetune_chatmodel_demo.training import checkpoints, workflow
 from finetune_chatmodel_demo.training.command_line import parse_given
 from finetune_chatmodel_demo.training.deciding import decide_settings

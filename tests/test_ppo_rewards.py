@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from finetune_chatmodel_demo.chatglm3 import load_model
-from finetune_chatmodel_demo.chatglm3.adapters import add_adapter, load_adapter, save_adapter
+from finetune_chatmodel_demo.chatglm3.lora import add_adapter, load_adapter, save_adapter
 from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.training.stages.ppo_rewards import (
     RewardError,

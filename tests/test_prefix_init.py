@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from training_helpers import decide, flags, train
 
 from finetune_chatmodel_demo.chatglm3 import load_model, load_tokenizer, read_prefix_config
-from finetune_chatmodel_demo.chatglm3.prefix_start import encode_start, keys_and_values, start_prefix_as
+from finetune_chatmodel_demo.chatglm3.prefix import encode_start, keys_and_values, start_prefix_as
 from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.training import methods
 from finetune_chatmodel_demo.training.command_line import parse_given

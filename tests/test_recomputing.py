@@ -5,7 +5,7 @@ import torch
 from test_packing import build, gradients, make_rows
 from training_helpers import losses, train
 
-from finetune_chatmodel_demo.chatglm3.recomputing import set_policy
+from finetune_chatmodel_demo.chatglm3.kernels import set_policy
 from finetune_chatmodel_demo.training.command_line import parse_given
 
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from finetune_chatmodel_demo import finetune
 from finetune_chatmodel_demo.chatglm3 import ChatGLM3Config, ChatGLM3ForCausalLM, load_model
-from finetune_chatmodel_demo.chatglm3.adapters import load_adapter
 from finetune_chatmodel_demo.chatglm3.loading import load_tokenizer
+from finetune_chatmodel_demo.chatglm3.lora import load_adapter
 from finetune_chatmodel_demo.training import checkpoints
 from finetune_chatmodel_demo.training.command_line import parse_given
 from finetune_chatmodel_demo.training.deciding import decide_settings

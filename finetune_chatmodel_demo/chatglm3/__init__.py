@@ -14,14 +14,6 @@ from transformers import (
 )
 
 from finetune_chatmodel_demo.chatglm3.attention import register_prefix_attention
-from finetune_chatmodel_demo.chatglm3.checkpoints import (
-    PrefixConfig,
-    PrefixError,
-    is_prefix_checkpoint,
-    load_prefix,
-    read_prefix_config,
-    save_prefix,
-)
 from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
 from finetune_chatmodel_demo.chatglm3.loading import load_model, load_tokenizer
 from finetune_chatmodel_demo.chatglm3.modeling import (
@@ -30,8 +22,16 @@ from finetune_chatmodel_demo.chatglm3.modeling import (
     ChatGLM3Model,
 )
 from finetune_chatmodel_demo.chatglm3.prefix import PrefixEncoder
+from finetune_chatmodel_demo.chatglm3.prefix_files import (
+    PrefixConfig,
+    is_prefix_checkpoint,
+    load_prefix,
+    read_prefix_config,
+    save_prefix,
+)
 from finetune_chatmodel_demo.chatglm3.tokenizer import ChatGLMTokenizer
 from finetune_chatmodel_demo.chatglm3.weights import register_official_layout
+from finetune_chatmodel_demo.common.errors import UserError
 
 __all__ = [
     "ChatGLM3Config",
@@ -49,6 +49,8 @@ __all__ = [
     "read_prefix_config",
     "save_prefix",
 ]
+
+PrefixError = UserError  # its name in older programs
 
 register_official_layout()
 register_prefix_attention()

@@ -1,68 +1,137 @@
-"""Attention that sees a P-Tuning v2 prefix: keys and values that stand in front of every text.
+"""Attention that sees a P-Tuning v2 prefix, over rows of one conversation or of several.
 
-The prefix reaches the layers as an argument of the attention function and not through the key-value cache, which
-transformers drops under gradient checkpointing. While decoding, the cache itself holds the prefix (`PrefixedCache`),
-so that no step has to put the two together again.
+In a packed row several conversations share one row of tokens without seeing each other; each sees the prefix. Their
+losses and gradients equal those of the conversations one by one; what changes is the size of the matrices. Positions
+start anew with every conversation (the caller's `position_ids`). On a GPU one FlexAttention kernel computes the whole
+row. Where that does not work, and on a CPU, the conversations are computed one after the other.
 """
 
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AttentionInterface, Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 from transformers.models.glm.modeling_glm import eager_attention_forward, repeat_kv
 
-from finetune_chatmodel_demo.chatglm3.packing import Packing, lower_right_mask, packed_attention
+from finetune_chatmodel_demo.chatglm3.prefix import Prefix, lower_right_mask
+
+logger = logging.getLogger(__name__)
 
 # transformers' name of an attention function → ours, which does the same and knows prefixes.
 PREFIX_ATTENTION = {"sdpa": "sdpa_with_prefix", "eager": "eager_with_prefix"}
+BLOCK = 128  # queries, and keys, that FlexAttention computes or leaves out together
+# In 2.6 compiled backward passes fail (github.com/pytorch/pytorch/issues/146260), and so do dynamic shapes (147756).
+FIRST_FLEX_VERSION = "2.7"
+# The second differs in every length, so that it is compiled for all lengths that come.
+TRIAL_ROWS = ((150, 100), (300, 90, 20))
 
 
-@dataclass
-class Prefix:
-    """What a forward pass tells every layer about the prefix.
+class Packing:
+    """Where the conversations of a packed row lie.
 
-    Args:
-        length: prefix positions.
-        keys_values: (layers, 2, batch or 1, groups, length, head_dim), or None where the cache holds them already.
-        mask: the mask of this pass with the prefix columns, made by the first layer and shared by the rest.
+    Attributes:
+        lengths: tokens of each conversation, in the order of the row; their sum is the row's length.
     """
 
-    length: int
-    keys_values: torch.Tensor | None
-    mask: Any = field(default=None, repr=False)
+    def __init__(self, lengths: Sequence[int]) -> None:
+        """
+        Raises:
+            ValueError: for a conversation without tokens.
+        """
+        if not lengths or min(lengths) < 1:
+            raise ValueError(f"the lengths of a packed row's conversations are {list(lengths)}; each is at least 1")
+        self.lengths = tuple(int(length) for length in lengths)
+        self._block_mask: Any = None
+        self._causal_masks: dict[tuple[int, int], Any] = {}
 
-    def put_in_front(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Key and value (batch, groups, tokens, head_dim) with the prefix of `layer` in front."""
-        if self.keys_values is None:
-            return key, value
-        prefix = self.keys_values[layer].to(key.dtype).expand(-1, key.shape[0], -1, -1, -1)
-        return torch.cat((prefix[0], key), dim=2), torch.cat((prefix[1], value), dim=2)
+    @cached_property
+    def bounds(self) -> list[tuple[int, int]]:
+        """(start, end) of each conversation."""
+        ends = torch.tensor(self.lengths).cumsum(0).tolist()
+        return list(zip([0, *ends[:-1]], ends))
 
-    def put_in_front_of(
-        self, layer: int, conversation: int, key: torch.Tensor, value: torch.Tensor
+    def segments(self, device: torch.device) -> torch.Tensor:
+        """(tokens,): which conversation each token belongs to."""
+        lengths = torch.tensor(self.lengths, device=device)
+        return torch.repeat_interleave(lengths, output_size=sum(self.lengths))
+
+    def is_visible(self, prefixes: int, prefix_length: int, device: torch.device) -> Any:
+        """The mask as a function of (batch, head, query, key): True where a query may look.
+
+        Keys are `prefixes` copies of the prefix, `prefix_length` positions each, and behind them the row. With one copy
+        every conversation sees it; else conversation i sees copy i.
+        """
+        # The function reads tensors alone: a number among them would be compiled into the kernel, for this row only.
+        segments = self.segments(device)
+        everyone, before_all = -1, -1
+        owners = torch.arange(prefixes, device=device).repeat_interleave(prefix_length)
+        owners = torch.cat((owners if prefixes > 1 else torch.full_like(owners, everyone), segments))
+        places = torch.arange(len(segments), device=device)
+        places = torch.cat((places.new_full((prefixes * prefix_length,), before_all), places))
+
+        def mask(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+            return ((owners[key] == segments[query]) | (owners[key] < 0)) & (places[key] <= query)
+
+        return mask
+
+    def block_mask(self, prefixes: int, prefix_length: int, device: torch.device) -> Any:
+        """FlexAttention's form of `is_visible`, made by the first layer and shared by the rest."""
+        if self._block_mask is None:
+            from torch.nn.attention.flex_attention import BlockMask
+
+            is_full, is_partial = self._count_blocks(prefixes, prefix_length, device)
+            tokens = sum(self.lengths)
+            self._block_mask = BlockMask.from_kv_blocks(
+                *_list_blocks(is_partial),
+                *_list_blocks(is_full),
+                BLOCK_SIZE=BLOCK,
+                mask_mod=self.is_visible(prefixes, prefix_length, device),
+                seq_lengths=(tokens, tokens + prefixes * prefix_length),
+            )
+        return self._block_mask
+
+    def _count_blocks(
+        self, prefixes: int, prefix_length: int, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `put_in_front`, for one conversation of a packed row, which may have a prefix of its own (dropout)."""
-        copies = self.keys_values.shape[2]
-        prefix = self.keys_values[layer][:, conversation % copies, None].to(key.dtype)
-        return torch.cat((prefix[0], key), dim=2), torch.cat((prefix[1], value), dim=2)
+        """(query blocks, key blocks) twice: True where all of a block is visible, and where some of it is.
 
-    def open_columns(self, mask: torch.Tensor) -> torch.Tensor:
-        """`mask` (batch, 1, queries, tokens) with the prefix columns in front: True, or 0 where masks are added."""
-        if self.mask is None:
-            self.mask = F.pad(mask, (self.length, 0), value=True if mask.dtype == torch.bool else 0.0)
-        return self.mask
+        `create_block_mask` finds the same from a mask of all queries and keys: 342 MiB for 8,192 tokens behind 50
+        copies of a prefix of 128.
+        """
+        tokens, offset = sum(self.lengths), prefixes * prefix_length
+        segments, place = self.segments(device), torch.arange(tokens, device=device)
+        starts = torch.tensor([start for start, _ in self.bounds], device=device)[segments]
+        copy = segments * prefix_length if prefixes > 1 else torch.zeros_like(segments)
+        block = torch.arange(0, offset + tokens, BLOCK, device=device)
 
-    def causal_mask(self, queries: int, keys: int, device: torch.device) -> torch.Tensor:
-        """ "Every query sees the prefix and the text up to itself": lower-right causal, (queries, keys)."""
-        if self.mask is None:
-            self.mask = lower_right_mask(queries, keys, device)
-        return self.mask
+        def overlap(first: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+            """(tokens, key blocks): keys of each block that are among those of a query."""
+            return (end[:, None].minimum(block + BLOCK) - first[:, None].maximum(block)).clamp(min=0)
+
+        seen = overlap(copy, copy + prefix_length) + overlap(offset + starts, offset + place + 1)
+        seen = F.pad(seen, (0, 0, 0, -tokens % BLOCK)).view(-1, BLOCK, len(block))
+        is_full = seen.amin(dim=1) == BLOCK
+        return is_full, (seen.amax(dim=1) > 0) & ~is_full
+
+    def causal_mask(self, queries: int, prefix_length: int, device: torch.device) -> torch.Tensor:
+        """The prefix and the text up to itself, (queries, prefix_length + queries); see `lower_right_mask`."""
+        shape = (queries, prefix_length)
+        if shape not in self._causal_masks:
+            self._causal_masks[shape] = lower_right_mask(queries, prefix_length + queries, device)
+        return self._causal_masks[shape]
+
+
+def _list_blocks(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many blocks of each row of (query blocks, key blocks) are chosen, and all numbers, the chosen ones first."""
+    order = chosen.int().argsort(dim=-1, descending=True, stable=True)
+    return chosen.sum(dim=-1, dtype=torch.int32)[None, None], order.int()[None, None]
 
 
 def sdpa_with_prefix(
@@ -148,49 +217,145 @@ def register_prefix_attention() -> None:
     AttentionMaskInterface.register(PREFIX_ATTENTION["eager"], eager_mask)
 
 
-class PrefixedLayer(DynamicLayer):
-    """A layer of a growing cache that starts with a prefix and reports the length of the text alone."""
+def packed_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packing: Packing,
+    prefix: Prefix | None,
+    scaling: float | None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Attention within each conversation of a packed row.
 
-    def __init__(self, prefix_key: torch.Tensor, prefix_value: torch.Tensor) -> None:
-        """
-        Args:
-            prefix_key, prefix_value: (1, groups, prefix length, head_dim).
-        """
-        super().__init__()
-        self.prefix_key, self.prefix_value = prefix_key, prefix_value
+    Args:
+        query: (1, heads, tokens, head_dim).
+        key, value: (1, groups, tokens, head_dim).
+        prefix: its `keys_values` (layers, 2, 1 or conversations, groups, length, head_dim).
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
-        rows = key_states.shape[0]
-        self.keys = self.prefix_key.to(key_states).expand(rows, -1, -1, -1)
-        self.values = self.prefix_value.to(value_states).expand(rows, -1, -1, -1)
-
-    def get_seq_length(self) -> int:
-        return self.keys.shape[-2] - self.prefix_key.shape[-2] if self.is_initialized else 0
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
-
-
-def cache_with_prefix(cache: Cache | None, prefix: Prefix) -> Cache:
-    """The cache of a decoding run, with the prefix in it; an empty one is filled in place.
+    Returns:
+        (1, tokens, heads, head_dim)
 
     Raises:
-        ValueError: for a cache that was filled without the prefix, or is of a kind that cannot hold one.
+        ValueError: when the row's length is not that of the packing.
     """
-    if cache is None:
-        cache = DynamicCache()
-    if cache.layers and isinstance(cache.layers[0], PrefixedLayer):
-        return cache
-    if not isinstance(cache, DynamicCache) or any(type(layer) is not DynamicLayer for layer in cache.layers):
+    tokens = sum(packing.lengths)
+    if query.shape[0] != 1 or query.shape[2] != tokens:
         raise ValueError(
-            f"A P-Tuning prefix decodes with a DynamicCache, not with {type(cache).__name__} of "
-            f"{sorted({type(layer).__name__ for layer in cache.layers})}. Leave cache_implementation unset."
+            f"a packed row of {len(packing.lengths)} conversations has 1 × {tokens} tokens, got {query.shape[0]} × "
+            f"{query.shape[2]}"
         )
-    if cache.get_seq_length():
-        raise ValueError(
-            f"The cache holds {cache.get_seq_length()} tokens that were computed without the prefix. "
-            "Start with an empty cache after switching the prefix on."
+    # In autocast, rotations in float32 (where the embeddings are) leave the values behind in half precision.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    if dropout == 0 and uses_flex(query, key, scaling):
+        return _flex(module, query, key, value, packing, prefix, scaling)
+    outputs = []
+    for number, (start, end) in enumerate(packing.bounds):
+        keys, values = key[:, :, start:end], value[:, :, start:end]
+        mask = None
+        if prefix is not None:
+            keys, values = prefix.put_in_front_of(module.layer_idx, number, keys, values)
+            mask = packing.causal_mask(end - start, prefix.length, query.device)
+        outputs.append(
+            F.scaled_dot_product_attention(
+                query[:, :, start:end],
+                repeat_kv(keys, module.num_key_value_groups),
+                repeat_kv(values, module.num_key_value_groups),
+                attn_mask=mask,
+                is_causal=mask is None,
+                dropout_p=dropout,
+                scale=scaling,
+            )
         )
-    cache.layers = [PrefixedLayer(layer[0], layer[1]) for layer in prefix.keys_values]
-    return cache
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
+
+
+def _flex(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packing: Packing,
+    prefix: Prefix | None,
+    scaling: float | None,
+) -> torch.Tensor:
+    """One kernel for the whole row; blocks between different conversations are left out."""
+    copies = length = 0
+    if prefix is not None:
+        copies, length = prefix.keys_values.shape[2], prefix.length
+        own = prefix.keys_values[module.layer_idx].to(key.dtype)
+        # (copies, groups, length, head_dim) → (1, groups, copies × length, head_dim)
+        front = own.transpose(1, 2).reshape(2, 1, own.shape[2], copies * length, own.shape[4])
+        key, value = torch.cat((front[0], key), dim=2), torch.cat((front[1], value), dim=2)
+    output = _attend(query, key, value, packing.block_mask(copies, length, query.device), scaling)
+    return output.transpose(1, 2).contiguous()
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block_mask: Any, scaling: float | None
+) -> torch.Tensor:
+    is_grouped = query.shape[1] > key.shape[1]
+    return _compiled_flex_attention()(query, key, value, block_mask=block_mask, scale=scaling, enable_gqa=is_grouped)
+
+
+@cache
+def _compiled_flex_attention() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # After too many compilations PyTorch would go on, without a word, with a version that writes out all scores;
+    # `fullgraph` makes that an error. A test counts the compilations.
+    return torch.compile(flex_attention, fullgraph=True)
+
+
+def uses_flex(query: torch.Tensor, key: torch.Tensor, scaling: float | None) -> bool:
+    """Whether one FlexAttention kernel computes packed rows of such tensors."""
+    if not query.is_cuda:  # on a CPU it has no backward pass
+        return False
+    in_autocast = torch.is_autocast_enabled(query.device.type)
+    return _works_in_flex(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[3], scaling, in_autocast)
+
+
+@cache
+def _works_in_flex(
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    groups: int,
+    channels: int,
+    scaling: float | None,
+    in_autocast: bool,
+) -> bool:
+    """Whether FlexAttention computes such tensors, forward and backward; tried once, on short rows.
+
+    It needs Triton, a C compiler, at least 16 channels, and a GPU with enough shared memory for them.
+    """
+    if torch.__version__ < FIRST_FLEX_VERSION:
+        return False
+
+    def attempt(lengths: tuple[int, ...]) -> None:
+        packing, tokens, copies, length = Packing(lengths), sum(lengths), len(lengths), 24
+        query, key, value = (
+            torch.zeros(1, count, positions, channels, device=device, dtype=dtype, requires_grad=True)
+            for count, positions in ((heads, tokens), *[(groups, tokens + copies * length)] * 2)
+        )
+        half = torch.autocast(device.type, dtype=dtype if in_autocast else None, enabled=in_autocast)
+        with torch.cuda.device(device if device.type == "cuda" else -1), half:  # threads begin on the first GPU
+            _attend(query, key, value, packing.block_mask(copies, length, device), scaling).sum().backward()
+
+    try:
+        # In a thread of its own: gradient checkpointing would count these tensors among the layer's.
+        with ThreadPoolExecutor(1) as threads:
+            for lengths in TRIAL_ROWS:
+                threads.submit(attempt, lengths).result()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever is missing or does not fit, there is another way
+        reason = str(error).strip().partition("\n")[0][:300]
+        logger.warning(
+            "packed rows are computed conversation by conversation, which is slower: FlexAttention fails here (%s: %s)",
+            type(error).__name__,
+            reason,
+        )
+        return False
+    return True

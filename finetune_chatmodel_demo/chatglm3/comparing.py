@@ -1,7 +1,4 @@
-"""Do two models compute the same? Their logits on fixed probes, and how far they may be apart.
-
-Used by `export.py`, which reloads what it wrote; exercised by `pytest tests/test_export.py`.
-"""
+"""Do two models compute the same? Their logits on fixed probes, and how far they may be apart."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,13 +6,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from finetune_chatmodel_demo.common.errors import UserError
+
 # Largest difference of two logits, as a share of the largest logit. Weights are rounded to 24, 11 and 8 bits, and the
 # errors add up over the layers: random models of 28 layers (weights of deviation 0.02 to 0.1) were found to differ by
 # up to 1.3e-2 in float16 and 1.3e-1 in bfloat16. A wrong module changes the logits by as much as they are.
 TOLERANCES = {torch.float32: 5e-5, torch.float16: 2e-2, torch.bfloat16: 0.15}
 
 
-class ComparisonError(Exception):
+class ComparisonError(UserError):
     """What was written does not compute what it should."""
 
 

@@ -10,6 +10,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from finetune_chatmodel_demo.common.errors import UserError
+
 ROPE_BASE = 10000.0
 # Half of each head is rotated (the rest carries no position), as in the original model.
 ROTATED_SHARE = 0.5
@@ -53,7 +55,7 @@ class ChatGLM3Config(PreTrainedConfig):
         prefix_projection (`bool`): whether an MLP makes the prefix from a smaller embedding.
 
     Raises:
-        ValueError: for a configuration that asks for another architecture or for pre-quantized weights.
+        UserError: for a configuration that asks for another architecture or for pre-quantized weights.
     """
 
     model_type = "chatglm"
@@ -95,18 +97,18 @@ class ChatGLM3Config(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         if kwargs.get("quantization_bit"):
-            raise ValueError(
+            raise UserError(
                 f"config.json says quantization_bit={kwargs['quantization_bit']}: these weights were quantized by "
                 "ChatGLM's own kernels, which this project does not read. Use the fp16 model and quantize it while "
                 "loading (--quantization_bit 4)."
             )
         for name, supported in FIXED_BY_ARCHITECTURE.items():
             if kwargs.get(name, supported) != supported:
-                raise ValueError(f"config.json says {name}={kwargs[name]}; only {supported} is supported.")
+                raise UserError(f"config.json says {name}={kwargs[name]}; only {supported} is supported.")
         if self.hidden_act != "silu":
-            raise ValueError(f"config.json says hidden_act={self.hidden_act!r}; ChatGLM3's MLP is SwiGLU: 'silu'.")
+            raise UserError(f"config.json says hidden_act={self.hidden_act!r}; ChatGLM3's MLP is SwiGLU: 'silu'.")
         if self.num_attention_heads % self.multi_query_group_num:
-            raise ValueError(
+            raise UserError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"multi_query_group_num={self.multi_query_group_num}."
             )

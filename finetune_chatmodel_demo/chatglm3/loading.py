@@ -9,10 +9,11 @@ from typing import Any, Literal
 import torch
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
-from finetune_chatmodel_demo.chatglm3.checkpoints import check_prefix, load_prefix
 from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
 from finetune_chatmodel_demo.chatglm3.modeling import ChatGLM3ForCausalLM, ChatGLM3ForSequenceClassification
+from finetune_chatmodel_demo.chatglm3.prefix_files import check_prefix, load_prefix
 from finetune_chatmodel_demo.chatglm3.tokenizer import ChatGLMTokenizer
+from finetune_chatmodel_demo.common.errors import UserError
 
 MODEL_CLASSES = {"lm": ChatGLM3ForCausalLM, "score": ChatGLM3ForSequenceClassification}
 # A language model becomes a reward model: its own head goes, a score head comes.
@@ -61,15 +62,15 @@ def load_model(
 
     Raises:
         FileNotFoundError: for a folder without configuration or weights.
-        ValueError: for impossible settings, or weights that do not fit the configuration.
-        PrefixError: for a prefix that cannot be read or does not fit (a ValueError).
+        UserError: for impossible settings, weights that do not fit the configuration, or a prefix that
+            cannot be read or does not fit.
     """
     if quantization_bit not in (None, 4, 8):
-        raise ValueError(f"quantization_bit is {quantization_bit}; use 4 or 8, or leave it out")
+        raise UserError(f"quantization_bit is {quantization_bit}; use 4 or 8, or leave it out")
     if pre_seq_len is not None and pre_seq_len < 1:
-        raise ValueError(f"pre_seq_len is {pre_seq_len}; a prefix has at least 1 position")
+        raise UserError(f"pre_seq_len is {pre_seq_len}; a prefix has at least 1 position")
     if prefix_projection and pre_seq_len is None and pt_checkpoint is None:
-        raise ValueError("prefix_projection without a prefix: give pre_seq_len as well")
+        raise UserError("prefix_projection without a prefix: give pre_seq_len as well")
     _check_folder(path, "config.json")
     if pt_checkpoint is not None:
         check_prefix(pt_checkpoint, ChatGLM3Config.from_pretrained(str(path)))
@@ -159,6 +160,6 @@ def _check_report(path: str | Path, report: dict[str, Any], head: str) -> None:
         if keys:
             problems.append(f"{kind.replace('_', ' ')}: {', '.join(keys[:5])}{' …' if len(keys) > 5 else ''}")
     if head == "lm" and "score.weight" in (report.get("unexpected_keys") or ()):
-        raise ValueError(f"{path} is a reward model (stage rm): it scores texts and cannot write any")
+        raise UserError(f"{path} is a reward model (stage rm): it scores texts and cannot write any")
     if problems:
-        raise ValueError(f"{path}: the weights do not fit config.json: {'; '.join(problems)}. {DOWNLOAD_HINT}")
+        raise UserError(f"{path}: the weights do not fit config.json: {'; '.join(problems)}. {DOWNLOAD_HINT}")

@@ -1,7 +1,4 @@
-"""ChatGLM3 on transformers' Glm classes, which are the same architecture, plus the P-Tuning v2 prefix and its loss.
-
-Exercise it with `pytest tests/test_model.py`: the original code's logits, gradients and training trajectories.
-"""
+"""ChatGLM3 on transformers' Glm classes, which are the same architecture, plus the P-Tuning v2 prefix and its loss."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,13 +12,21 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.glm.modeling_glm import GlmForCausalLM, GlmModel, GlmPreTrainedModel
 
-from finetune_chatmodel_demo.chatglm3.attention import PREFIX_ATTENTION, Prefix, cache_with_prefix
+from finetune_chatmodel_demo.chatglm3.attention import PREFIX_ATTENTION, Packing
 from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
-from finetune_chatmodel_demo.chatglm3.lean_functions import ChatGLM3RMSNorm
-from finetune_chatmodel_demo.chatglm3.losses import summed_cross_entropy
-from finetune_chatmodel_demo.chatglm3.packing import Packing
-from finetune_chatmodel_demo.chatglm3.prefix import PREFIX_INIT_STD, PrefixEmbedding, PrefixEncoder
-from finetune_chatmodel_demo.chatglm3.recomputing import ChatGLM3MLP, recompute_mlp
+from finetune_chatmodel_demo.chatglm3.kernels import (
+    ChatGLM3MLP,
+    ChatGLM3RMSNorm,
+    recompute_mlp,
+    summed_cross_entropy,
+)
+from finetune_chatmodel_demo.chatglm3.prefix import (
+    PREFIX_INIT_STD,
+    Prefix,
+    PrefixEmbedding,
+    PrefixEncoder,
+    cache_with_prefix,
+)
 
 IGNORED_LABEL = -100
 
@@ -76,7 +81,7 @@ class ChatGLM3PreTrainedModel(GlmPreTrainedModel):
 class ChatGLM3Model(ChatGLM3PreTrainedModel, GlmModel):
     """The transformer without a head."""
 
-    recomputes_mlp_only = False  # see `recomputing.set_policy`
+    recomputes_mlp_only = False  # see `kernels.set_policy`
 
     def __init__(self, config: ChatGLM3Config) -> None:
         super().__init__(config)

@@ -4,13 +4,17 @@ transformers applies the mapping while it loads and reverts it while it saves, s
 and out without a copy of the whole model in memory.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
 from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
+from finetune_chatmodel_demo.common.errors import UserError
 
 # Official name of a module → its name here.
 OFFICIAL_NAMES = {
@@ -28,6 +32,23 @@ OFFICIAL_NAMES = {
 # The one official module that is three here.
 FUSED_MODULE = "self_attention.query_key_value"
 SPLIT_MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+# Linear modules of a decoder layer, in the order of their computation.
+LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj")
+# What flags call modules: the original code's names, which published commands use, → the names here.
+OFFICIAL_MODULES = {
+    "query_key_value": ("q_proj", "k_proj", "v_proj"),
+    "dense": ("o_proj",),
+    "dense_h_to_4h": ("gate_up_proj",),
+    "dense_4h_to_h": ("down_proj",),
+}
+OFFICIAL_PARTS = {
+    **OFFICIAL_MODULES,
+    "self_attention": ("self_attn",),
+    "word_embeddings": ("embed_tokens",),
+    "embedding": ("embed_tokens",),
+    "final_layernorm": ("norm",),
+    "output_layer": ("lm_head",),
+}
 
 
 def query_key_value_rows(config: ChatGLM3Config) -> list[int]:
@@ -101,3 +122,27 @@ def official_layout() -> list[WeightRenaming | WeightConverter]:
 def register_official_layout() -> None:
     """Tells transformers about the mapping (once for each process)."""
     register_checkpoint_conversion_mapping(ChatGLM3Config.model_type, official_layout(), overwrite=True)
+
+
+def read_tensor_file(file: Path, remedy: str) -> dict[str, torch.Tensor]:
+    """The tensors of a `.safetensors` file, or of a pickle, of which nothing but tensors is ever read.
+
+    Args:
+        remedy: what to do with a damaged file, for the message.
+
+    Raises:
+        UserError: for a file that is cut, damaged or something else.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        raise UserError(f"{file} is damaged ({error}). {remedy}") from error
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle raises whatever its bytes happen to spell, with advice to run it
+        raise UserError(f"{file} is damaged, or holds other things than tensors. {remedy}") from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"{file} holds no mapping of names to tensors. {remedy}")
+    return {str(name): value for name, value in state.items()}

@@ -1,7 +1,7 @@
 """Rows that share one row of a batch, and documents that share a block: nothing is cut away, nothing is padded.
 
 `--packing` (sft): `GroupedRows` groups conversations that fill `max_seq_length` tokens together, trained in one
-row. They do not see each other (`chatglm3/packing.py`); none is cut, none is left out. A batch then has hardly any
+row. They do not see each other (`chatglm3/attention.py`); none is cut, none is left out. A batch then has hardly any
 padding and few, large matrix products.
 
 Stage pt: `PackedDataset` lays documents one after the other, each with its eos, and cuts them every

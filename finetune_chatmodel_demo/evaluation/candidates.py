@@ -131,7 +131,7 @@ def load_candidates(candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate
 def _with_tuning(candidate: Candidate, model: Any, tokenizer: Any) -> Iterator[tuple[Candidate, Any, Any]]:
     """Puts the candidate's prefix or adapter on the base, and takes it off again."""
     from finetune_chatmodel_demo.chatglm3 import load_prefix
-    from finetune_chatmodel_demo.chatglm3.adapters import load_adapter
+    from finetune_chatmodel_demo.chatglm3.lora import load_adapter
 
     if candidate.choice.prefix:
         load_prefix(model, candidate.choice.prefix)

@@ -126,7 +126,7 @@ def load_choice(choice: ModelChoice) -> tuple[Any, Any]:
         UserError, OSError: see `load_model`, `load_adapter` and `load_tokenizer`.
     """
     from finetune_chatmodel_demo.chatglm3 import ChatGLM3Config, load_model, load_tokenizer
-    from finetune_chatmodel_demo.chatglm3.adapters import check_adapter, load_adapter
+    from finetune_chatmodel_demo.chatglm3.lora import check_adapter, load_adapter
 
     try:
         tokenizer = load_tokenizer(choice.tokenizer)
@@ -177,7 +177,7 @@ def _read_checkpoint_config(kind: str | None, folder: Path | None) -> Any:
 
         return read_prefix_config(folder)
     if kind == ADAPTER:
-        from finetune_chatmodel_demo.chatglm3.adapters import read_adapter_config
+        from finetune_chatmodel_demo.chatglm3.lora_files import read_adapter_config
 
         config = read_adapter_config(folder)
         if config.is_reward_model:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.conversation.render import render_prompt
 
 CONVERSATIONS = (
@@ -29,13 +30,13 @@ def build_probes(tokenizer: Any | None, vocabulary: int, prompt_format: str = "m
         prompt_format: the format that the model was trained with.
 
     Raises:
-        ValueError: the tokenizer has more ids than the model.
+        UserError: the tokenizer has more ids than the model.
     """
     if tokenizer is None:
         ids = [(1 + i * STRIDE) % vocabulary for i in range(ROWS * ROW_LENGTH)]
         return [ids[start : start + ROW_LENGTH] for start in range(0, len(ids), ROW_LENGTH)]
     if tokenizer.vocab_size > vocabulary:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model only {vocabulary}; give the model's own with "
             "--tokenizer DIR"
         )

@@ -19,8 +19,7 @@ gradients), and the optimizer's step.
 
 from dataclasses import dataclass, field
 
-from finetune_chatmodel_demo.chatglm3.losses import LOSS_CHUNK
-from finetune_chatmodel_demo.chatglm3.recomputing import CheckpointingPolicy
+from finetune_chatmodel_demo.chatglm3.kernels import LOSS_CHUNK, CheckpointingPolicy
 from finetune_chatmodel_demo.training.arguments import FULL, LORA, P_TUNING
 from finetune_chatmodel_demo.training.parameter_counts import count_parameters, count_prefix, linear_sizes
 from finetune_chatmodel_demo.training.run_shape import MASTER, RunShape

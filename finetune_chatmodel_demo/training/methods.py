@@ -17,13 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from finetune_chatmodel_demo.chatglm3.adapters import add_adapter, load_adapter, save_adapter
-from finetune_chatmodel_demo.chatglm3.adapters import without_tuning as without_tuning  # the stages find it here
-from finetune_chatmodel_demo.chatglm3.checkpoints import load_prefix, read_prefix_config, save_prefix
-from finetune_chatmodel_demo.chatglm3.lean_functions import compile_elementwise
+from finetune_chatmodel_demo.chatglm3.kernels import compile_elementwise, set_policy
 from finetune_chatmodel_demo.chatglm3.loading import load_model, load_tokenizer
-from finetune_chatmodel_demo.chatglm3.prefix_start import encode_start, start_prefix_as
-from finetune_chatmodel_demo.chatglm3.recomputing import set_policy
+from finetune_chatmodel_demo.chatglm3.lora import add_adapter, load_adapter, save_adapter
+from finetune_chatmodel_demo.chatglm3.lora import without_tuning as without_tuning  # the stages find it here
+from finetune_chatmodel_demo.chatglm3.prefix import encode_start, start_prefix_as
+from finetune_chatmodel_demo.chatglm3.prefix_files import load_prefix, read_prefix_config, save_prefix
+from finetune_chatmodel_demo.chatglm3.weights import OFFICIAL_PARTS
 from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.training.arguments import (
     FREEZE,
@@ -36,18 +36,6 @@ from finetune_chatmodel_demo.training.zero import connect
 
 # Beside a half-precision model: the trained parameters as they were, so that a resumed run continues exactly.
 TRAINED_FILE = "trained_parameters.safetensors"
-# The original code's names of a layer's parts.
-OFFICIAL_PARTS = {
-    "self_attention": ["self_attn"],
-    "query_key_value": ["q_proj", "k_proj", "v_proj"],
-    "dense": ["o_proj"],
-    "dense_h_to_4h": ["gate_up_proj"],
-    "dense_4h_to_h": ["down_proj"],
-    "word_embeddings": ["embed_tokens"],
-    "embedding": ["embed_tokens"],
-    "final_layernorm": ["norm"],
-    "output_layer": ["lm_head"],
-}
 
 
 def prepare_model(settings: Settings) -> nn.Module:
@@ -190,7 +178,7 @@ def _find_parts(owner: Any, names: str, flag: str) -> list[nn.Module]:
     known: dict[str, nn.Module] = {name.rpartition(".")[2]: part for name, part in owner.named_modules() if name}
     found = []
     for name in filter(None, (part.strip() for part in names.split(","))):
-        parts = [name] if name in known else OFFICIAL_PARTS.get(name, [])
+        parts = [name] if name in known else OFFICIAL_PARTS.get(name, ())
         if not parts or any(part not in known for part in parts):
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(known))}"

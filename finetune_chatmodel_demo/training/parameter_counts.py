@@ -5,18 +5,8 @@
 
 from collections.abc import Sequence
 
-from finetune_chatmodel_demo.chatglm3.adapters import LINEAR_MODULES, OFFICIAL_MODULES
 from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
-
-# The original code's names of other parts, as --freeze_trainable_modules and --additional_target take them.
-OFFICIAL_PARTS = {
-    **OFFICIAL_MODULES,
-    "self_attention": ("self_attn",),
-    "word_embeddings": ("embed_tokens",),
-    "embedding": ("embed_tokens",),
-    "final_layernorm": ("norm",),
-    "output_layer": ("lm_head",),
-}
+from finetune_chatmodel_demo.chatglm3.weights import LINEAR_MODULES, OFFICIAL_PARTS
 
 
 def linear_sizes(config: ChatGLM3Config) -> dict[str, tuple[int, int]]:

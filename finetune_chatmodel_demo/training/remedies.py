@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from finetune_chatmodel_demo.chatglm3.recomputing import POLICIES, CheckpointingPolicy
+from finetune_chatmodel_demo.chatglm3.kernels import POLICIES, CheckpointingPolicy
 from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.training.arguments import LORA, P_TUNING
 from finetune_chatmodel_demo.training.memory import GIB, MemoryPlan, plan_memory

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
-from finetune_chatmodel_demo.chatglm3.recomputing import CheckpointingPolicy
+from finetune_chatmodel_demo.chatglm3.kernels import CheckpointingPolicy
 from finetune_chatmodel_demo.training.arguments import FREEZE, FULL
 
 # Bytes of a trained parameter: Adam's two moments in float32, and DeepSpeed's float32 copy of the weights.

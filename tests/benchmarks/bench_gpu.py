@@ -191,7 +191,7 @@ def measure_steps(
     """
     import torch
 
-    from finetune_chatmodel_demo.chatglm3.recomputing import set_policy
+    from finetune_chatmodel_demo.chatglm3.kernels import set_policy
     from finetune_chatmodel_demo.training.memory import plan_memory
     from finetune_chatmodel_demo.training.run_shape import RunShape
 
@@ -308,7 +308,7 @@ def run_quantized(options: argparse.Namespace, config: "ChatGLM3Config", results
 
 def run_lora(options: argparse.Namespace, config: "ChatGLM3Config", results: dict[str, Any]) -> dict[str, Any]:
     """Steps of LoRA in all linear modules."""
-    from finetune_chatmodel_demo.chatglm3.adapters import add_adapter
+    from finetune_chatmodel_demo.chatglm3.lora import add_adapter
 
     model = add_adapter(build_model(options, config), rank=LORA_RANK)
     for parameter in model.parameters():
@@ -324,7 +324,7 @@ def run_packed(options: argparse.Namespace, config: "ChatGLM3Config", results: d
     """
     import torch
 
-    from finetune_chatmodel_demo.chatglm3.packing import uses_flex
+    from finetune_chatmodel_demo.chatglm3.attention import uses_flex
 
     model = build_model(options, config)
     model.add_prefix(options.prefix)
@@ -350,7 +350,7 @@ def run_packed(options: argparse.Namespace, config: "ChatGLM3Config", results: d
 
 def run_compiled(options: argparse.Namespace, config: "ChatGLM3Config", results: dict[str, Any]) -> dict[str, Any]:
     """`run_packed` without checkpointing, with and without --torch_compile, which fuses element-wise operations."""
-    from finetune_chatmodel_demo.chatglm3.lean_functions import compile_elementwise
+    from finetune_chatmodel_demo.chatglm3.kernels import compile_elementwise
 
     model = build_model(options, config)
     model.add_prefix(options.prefix)
@@ -396,7 +396,7 @@ def run_grouped_keys(options: argparse.Namespace, config: "ChatGLM3Config", resu
     import torch.nn.functional as F
     from transformers.models.glm.modeling_glm import repeat_kv
 
-    from finetune_chatmodel_demo.chatglm3.packing import lower_right_mask
+    from finetune_chatmodel_demo.chatglm3.attention import lower_right_mask
 
     heads, groups, channels = config.num_attention_heads, config.multi_query_group_num, config.kv_channels
     keys = options.tokens + options.prefix

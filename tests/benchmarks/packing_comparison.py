@@ -25,7 +25,7 @@ def compare_packing(
     """
     from training_sides import OriginalLoss, OurLoss, PackedLoss, Side
 
-    from finetune_chatmodel_demo.chatglm3.lean_functions import compile_elementwise
+    from finetune_chatmodel_demo.chatglm3.kernels import compile_elementwise
 
     rows = data.rows
     single: list[list[Row]] = [[row] for row in rows]

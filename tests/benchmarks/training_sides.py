@@ -13,7 +13,7 @@ from benchmark_helpers import Elapsed, ModelSize, Stopwatch, forget_memory_peak,
 from pokemon_rows import Row
 
 from finetune_chatmodel_demo.chatglm3 import ChatGLM3ForCausalLM
-from finetune_chatmodel_demo.chatglm3.recomputing import CheckpointingPolicy, set_policy
+from finetune_chatmodel_demo.chatglm3.kernels import CheckpointingPolicy, set_policy
 from finetune_chatmodel_demo.conversation import IGNORED_LABEL, PadCollator
 from finetune_chatmodel_demo.conversation.collating import PackCollator
 

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from finetune_chatmodel_demo.chatglm3.adapters import is_adapter_checkpoint, load_adapter, read_adapter_config
 from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
 from finetune_chatmodel_demo.chatglm3.loading import load_model
+from finetune_chatmodel_demo.chatglm3.lora import load_adapter
+from finetune_chatmodel_demo.chatglm3.lora_files import is_adapter_checkpoint, read_adapter_config
 from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.generation.replies import read_reply
 from finetune_chatmodel_demo.training.stages.ppo_policy import build_rows, without_adapter_wrapper

@@ -6,19 +6,19 @@ the names that the original fine-tuning demo reads. Checkpoints that have only t
 """
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
+from finetune_chatmodel_demo.chatglm3.weights import read_tensor_file
+from finetune_chatmodel_demo.common.errors import UserError
+from finetune_chatmodel_demo.common.files import partial_path, publish_files, remove_tree, write_json
 
 if TYPE_CHECKING:
     from finetune_chatmodel_demo.chatglm3.modeling import ChatGLM3ForCausalLM
@@ -27,11 +27,7 @@ SAFE_FILE = "prefix_encoder.safetensors"
 OFFICIAL_FILE = "pytorch_model.bin"
 CONFIG_FILE = "config.json"
 OFFICIAL_KEY = "transformer.prefix_encoder."
-PROMPT_FORMATS = ("multi-turn", "input-output", "default", "raw")
-
-
-class PrefixError(ValueError):
-    """A prefix checkpoint that cannot be read, or does not fit the model."""
+COPY_AGAIN = "Copy the checkpoint again."
 
 
 @dataclass(frozen=True)
@@ -42,7 +38,7 @@ class PrefixConfig:
         pre_seq_len: prefix positions.
         prefix_projection: whether an MLP makes the prefix.
         base_model: folder or hub name of the model it was trained for; None: unknown.
-        prompt_format: one of PROMPT_FORMATS; None: an old checkpoint, which does not say.
+        prompt_format: see `conversation.render`; None: an old checkpoint, which does not say.
         prefix_dropout: the dropout that it was trained with; None: an old checkpoint, which does not say.
     """
 
@@ -65,7 +61,7 @@ def read_prefix_config(folder: str | Path) -> PrefixConfig:
     """What the checkpoint in `folder` says of itself; length and projection come from the weights.
 
     Raises:
-        PrefixError: when there is no readable prefix in the folder.
+        UserError: when there is no readable prefix in the folder.
     """
     return _describe(Path(folder), read_prefix_parameters(Path(folder)))
 
@@ -79,13 +75,13 @@ def load_prefix(model: "ChatGLM3ForCausalLM", folder: str | Path, *, pre_seq_len
         pre_seq_len: what the caller believes the length to be: a check, not a setting.
 
     Raises:
-        PrefixError: for a missing or damaged checkpoint, missing or left-over keys, or shapes of another base model.
+        UserError: for a missing or damaged checkpoint, missing or left-over keys, or shapes of another base model.
     """
     folder = Path(folder)
     parameters = read_prefix_parameters(folder)
     found = _describe(folder, parameters)
     if pre_seq_len is not None and pre_seq_len != found.pre_seq_len:
-        raise PrefixError(
+        raise UserError(
             f"{folder}: the prefix has {found.pre_seq_len} positions, but {pre_seq_len} were asked for. "
             f"Leave the length out, or say {found.pre_seq_len}."
         )
@@ -103,7 +99,7 @@ def check_prefix(folder: str | Path, config: ChatGLM3Config) -> None:
     """Refuses a prefix that was trained for another base model than `config` describes, before gigabytes are read.
 
     Raises:
-        PrefixError: as `load_prefix`.
+        UserError: as `load_prefix`.
     """
     parameters = read_prefix_parameters(Path(folder))
     _check_base(Path(folder), parameters, _describe(Path(folder), parameters), config)
@@ -123,16 +119,14 @@ def save_prefix(
         model: a model with a prefix.
         folder: created when missing.
         base_model: folder or hub name of the base model, kept for `inference.py`.
-        prompt_format: one of PROMPT_FORMATS, the format it was trained with.
+        prompt_format: the format it was trained with.
         state_dict: the model's state where its parameters are spread over processes (DeepSpeed ZeRO-3).
 
     Raises:
-        ValueError: for a model without a prefix or an unknown prompt format.
+        ValueError: for a model without a prefix.
     """
     if model.prefix_encoder is None:
         raise ValueError("the model has no prefix to save; load it with pre_seq_len=… or pt_checkpoint=…")
-    if prompt_format is not None and prompt_format not in PROMPT_FORMATS:
-        raise ValueError(f"prompt_format is {prompt_format!r}; use one of {', '.join(PROMPT_FORMATS)}")
     parameters = _prefix_state(model, state_dict)
     config = json.loads(model.config.to_json_string(use_diff=False)) | {
         "base_model_name_or_path": base_model,
@@ -159,20 +153,20 @@ def write_prefix(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".prefix-", dir=folder))
+    scratch = partial_path(folder / "prefix")
+    remove_tree(scratch)
+    scratch.mkdir()
     try:
+        write_json(scratch / CONFIG_FILE, dict(config))
         if SAFE_FILE in files:
             save_file(dict(parameters), scratch / SAFE_FILE, metadata={"format": "pt"})
         if OFFICIAL_FILE in files:
             torch.save({OFFICIAL_KEY + name: value for name, value in parameters.items()}, scratch / OFFICIAL_FILE)
-        text = json.dumps(dict(config), indent=2, ensure_ascii=False) + "\n"
-        (scratch / CONFIG_FILE).write_text(text, encoding="utf-8")
-        for name in (*files, CONFIG_FILE):
-            if name != CONFIG_FILE:  # safetensors lets nobody else read its files
-                shutil.copymode(scratch / CONFIG_FILE, scratch / name)
-            os.replace(scratch / name, folder / name)
+        for name in files:  # safetensors lets nobody else read its files
+            shutil.copymode(scratch / CONFIG_FILE, scratch / name)
+        publish_files(scratch, folder)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        remove_tree(scratch)
 
 
 def _prefix_state(model: "ChatGLM3ForCausalLM", state: Mapping[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
@@ -187,11 +181,7 @@ def _prefix_state(model: "ChatGLM3ForCausalLM", state: Mapping[str, torch.Tensor
 
 def _parameters_of(folder: Path) -> dict[str, torch.Tensor]:
     """The prefix in the original demo's file, by this project's names; {} when the file holds no prefix."""
-    file = folder / OFFICIAL_FILE
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle raises whatever its bytes happen to spell
-        raise PrefixError(f"{file} cannot be read ({error}). Copy the checkpoint again.") from error
+    state = read_tensor_file(folder / OFFICIAL_FILE, COPY_AGAIN)
     return {k.removeprefix(OFFICIAL_KEY): v for k, v in state.items() if k.startswith(OFFICIAL_KEY)}
 
 
@@ -199,22 +189,19 @@ def read_prefix_parameters(folder: Path) -> dict[str, torch.Tensor]:
     """The prefix's parameters by their own names, from either form.
 
     Raises:
-        PrefixError: when there is no readable prefix in the folder.
+        UserError: when there is no readable prefix in the folder.
     """
     if not folder.is_dir():
-        raise PrefixError(f"{folder} is not a folder. Give the folder that finetune.py wrote (its --output_dir).")
+        raise UserError(f"{folder} is not a folder. Give the folder that finetune.py wrote (its --output_dir).")
     if (folder / SAFE_FILE).is_file():
-        try:
-            parameters = load_file(folder / SAFE_FILE)
-        except (SafetensorError, OSError) as error:
-            raise PrefixError(f"{folder / SAFE_FILE} is damaged ({error}). Copy the checkpoint again.") from error
+        parameters = read_tensor_file(folder / SAFE_FILE, COPY_AGAIN)
     elif (folder / OFFICIAL_FILE).is_file():
         parameters = _parameters_of(folder)
     else:
         there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-        raise PrefixError(f"{folder} holds neither {SAFE_FILE} nor {OFFICIAL_FILE} (found: {there}).")
+        raise UserError(f"{folder} holds neither {SAFE_FILE} nor {OFFICIAL_FILE} (found: {there}).")
     if "embedding.weight" not in parameters:
-        raise PrefixError(
+        raise UserError(
             f"{folder}: no prefix among the weights (expected embedding.weight, found "
             f"{', '.join(sorted(parameters)[:6]) or 'no key of a prefix'}). A model that was tuned in full is given "
             "as the model, not as a prefix."
@@ -228,7 +215,7 @@ def _describe(folder: Path, parameters: dict[str, torch.Tensor]) -> PrefixConfig
         try:
             values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         except ValueError as error:
-            raise PrefixError(f"{folder / CONFIG_FILE} is not JSON ({error}). Copy the checkpoint again.") from error
+            raise UserError(f"{folder / CONFIG_FILE} is not JSON ({error}). Copy the checkpoint again.") from error
     return PrefixConfig(
         pre_seq_len=parameters["embedding.weight"].shape[0],
         prefix_projection=any(name.startswith("trans.") for name in parameters),
@@ -241,7 +228,7 @@ def _describe(folder: Path, parameters: dict[str, torch.Tensor]) -> PrefixConfig
 def _check_base(folder: Path, parameters: dict[str, torch.Tensor], found: PrefixConfig, config: ChatGLM3Config) -> None:
     kv_size = parameters["embedding.weight"].shape[1]
     if kv_size != config.kv_size:
-        raise PrefixError(
+        raise UserError(
             f"{folder}: a prefix row has {kv_size} values; this base model needs {config.kv_size} "
             "(layers × 2 × groups × channels). The prefix was trained for another base model"
             + (f": {found.base_model}." if found.base_model else ".")
@@ -251,13 +238,13 @@ def _check_base(folder: Path, parameters: dict[str, torch.Tensor], found: Prefix
 def _check_parameters(folder: Path, found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or extra:
-        raise PrefixError(
+        raise UserError(
             f"{folder}: keys missing: {', '.join(missing) or 'none'}; left over: {', '.join(extra) or 'none'}. "
             "Is the checkpoint of the other form (with or without prefix_projection)?"
         )
     for name, value in expected.items():
         if found[name].shape != value.shape:
-            raise PrefixError(
+            raise UserError(
                 f"{folder}: {name} is {tuple(found[name].shape)}, the model needs {tuple(value.shape)}. "
                 "Was it trained for another base model or another pre_seq_len?"
             )

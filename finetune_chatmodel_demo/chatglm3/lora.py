@@ -1,9 +1,8 @@
 """LoRA adapters (Hu et al., 2021, arXiv:2106.09685) through PEFT: made, checked, loaded, saved, switched off.
 
-Adapters of this project and of the original code are read. Exercise it with `pytest tests/test_adapters.py`.
+Adapters of this project and of the original code are read.
 """
 
-import difflib
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,53 +13,30 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from finetune_chatmodel_demo.chatglm3.adapter_files import (
-    AdapterConfig,
-    AdapterError,
-    is_adapter_checkpoint,
+from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
+from finetune_chatmodel_demo.chatglm3.lora_files import (
+    PREFIX,
+    has_official_names,
     read_adapter_config,
     read_settings,
     read_tensors,
+    to_own_names,
     write_adapter,
     write_run,
 )
-from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
 from finetune_chatmodel_demo.chatglm3.modeling import ChatGLM3ForCausalLM, ChatGLM3ForSequenceClassification
-from finetune_chatmodel_demo.chatglm3.official_adapters import has_official_names, to_own_names
+from finetune_chatmodel_demo.chatglm3.weights import LINEAR_MODULES, OFFICIAL_MODULES
+from finetune_chatmodel_demo.common.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-__all__ = [
-    "AdapterConfig",
-    "AdapterError",
-    "add_adapter",
-    "check_adapter",
-    "is_adapter_checkpoint",
-    "load_adapter",
-    "read_adapter",
-    "read_adapter_config",
-    "save_adapter",
-    "without_tuning",
-]
-
-# Linear modules of a decoder layer, in the order of their computation.
-LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj")
-# The original code's names, which published commands use as --lora_target.
-OFFICIAL_MODULES = {
-    "query_key_value": ("q_proj", "k_proj", "v_proj"),
-    "dense": ("o_proj",),
-    "dense_h_to_4h": ("gate_up_proj",),
-    "dense_4h_to_h": ("down_proj",),
-}
-PREFIX = "base_model.model."
 
 
 def resolve_modules(names: str, model: nn.Module) -> list[str]:
     """Module names of `names` ("all", or a,b,c in transformers' or the original's names) that `model` has.
 
     Raises:
-        AdapterError: for a name that no linear module of the model has.
+        UserError: for a name that no linear module of the model has.
     """
     if names.strip() == "all":
         return list(LINEAR_MODULES)
@@ -68,12 +44,11 @@ def resolve_modules(names: str, model: nn.Module) -> list[str]:
     found: list[str] = []
     for name in filter(None, (part.strip() for part in names.split(","))):
         if name not in known and name not in OFFICIAL_MODULES:
-            close = difflib.get_close_matches(name, [*known, *OFFICIAL_MODULES], n=1)
-            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(known))}"
-            raise AdapterError(f"the model has no linear module {name!r}; {hint}")
+            hint = did_you_mean(name, [*known, *OFFICIAL_MODULES]) or f"; there are {', '.join(sorted(known))}"
+            raise UserError(f"the model has no linear module {name!r}{hint}")
         found += [module for module in OFFICIAL_MODULES.get(name, (name,)) if module not in found]
     if not found:
-        raise AdapterError(f"no module is named in {names!r}; write all, or names such as {','.join(LINEAR_MODULES)}")
+        raise UserError(f"no module is named in {names!r}; write all, or names such as {','.join(LINEAR_MODULES)}")
     return found
 
 
@@ -101,14 +76,14 @@ def add_adapter(
         use_dora: train magnitudes apart from directions.
 
     Raises:
-        AdapterError: for unknown modules or impossible numbers.
+        UserError: for unknown modules or impossible numbers.
     """
     from peft import LoraConfig, get_peft_model
 
     if rank < 1:
-        raise AdapterError(f"the rank of a LoRA adapter is {rank}; it must be at least 1")
+        raise UserError(f"the rank of a LoRA adapter is {rank}; it must be at least 1")
     if not 0 <= dropout < 1:
-        raise AdapterError(f"the dropout of a LoRA adapter is {dropout}; it must be at least 0 and below 1")
+        raise UserError(f"the dropout of a LoRA adapter is {dropout}; it must be at least 0 and below 1")
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
@@ -140,29 +115,23 @@ def read_adapter(folder: str | Path, config: ChatGLM3Config) -> tuple[dict[str, 
         config: of the base model.
 
     Raises:
-        AdapterError: for a missing or damaged adapter, or an original one that cannot be taken over.
+        UserError: for a missing or damaged adapter, or an original one that cannot be taken over.
     """
-    settings, tensors, _ = _read_adapter(Path(folder), config)
-    return settings, tensors
-
-
-def _read_adapter(folder: Path, config: ChatGLM3Config) -> tuple[dict[str, Any], dict[str, torch.Tensor], bool]:
-    """As `read_adapter`, and whether the names in the files are the original code's."""
+    folder = Path(folder)
     settings, tensors = read_settings(folder), read_tensors(folder)
-    is_official = has_official_names(tensors)
-    if is_official:
+    if has_official_names(tensors):
         try:
             settings, tensors = to_own_names(settings, tensors, config)
-        except AdapterError as error:
-            raise AdapterError(f"{folder}: {error}") from error
-    return settings, tensors, is_official
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from error
+    return settings, tensors
 
 
 def check_adapter(folder: str | Path, config: ChatGLM3Config) -> None:
     """Refuses an adapter that was trained for another base model than `config` describes, before gigabytes are read.
 
     Raises:
-        AdapterError: as `load_adapter`.
+        UserError: as `load_adapter`.
     """
     settings, tensors = read_adapter(folder, config)
     kind = ChatGLM3ForSequenceClassification if settings.get("task_type") == "SEQ_CLS" else ChatGLM3ForCausalLM
@@ -180,7 +149,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, is_trainable: bool = F
         is_trainable: whether the adapter's parameters are to be trained on.
 
     Raises:
-        AdapterError: for a missing or damaged adapter, another kind of head, or shapes of another base model.
+        UserError: for a missing or damaged adapter, another kind of head, or shapes of another base model.
     """
     from peft import PeftModel
 
@@ -188,19 +157,18 @@ def load_adapter(model: nn.Module, folder: str | Path, *, is_trainable: bool = F
     found = read_adapter_config(folder)
     if found.is_reward_model != has_score_head(model):
         kinds = {True: "a reward model (stage rm)", False: "a language model"}
-        raise AdapterError(
+        raise UserError(
             f"{folder} is an adapter of {kinds[found.is_reward_model]}, not of {kinds[not found.is_reward_model]}"
         )
-    settings, tensors, is_official = _read_adapter(folder, model.config)
+    settings, tensors = read_adapter(folder, model.config)
     _check_tensors(folder, settings, tensors, model)
     with tempfile.TemporaryDirectory(prefix="adapter-") as scratch, _quiet_peft():
-        if is_official:
-            write_adapter(Path(scratch), settings, tensors)
+        # From files of our own: an original adapter has other names, and PEFT would read a pickle in its own way.
+        write_adapter(Path(scratch), settings, tensors)
         try:
-            source = scratch if is_official else str(folder)
-            adapted = PeftModel.from_pretrained(model, source, is_trainable=is_trainable)
+            adapted = PeftModel.from_pretrained(model, scratch, is_trainable=is_trainable)
         except (RuntimeError, ValueError, OSError) as error:
-            raise AdapterError(f"the adapter {folder} does not fit this base model, or is damaged: {error}") from error
+            raise UserError(f"the adapter {folder} does not fit this base model, or is damaged: {error}") from error
     _check_complete(folder, adapted, tensors)
     return adapted
 
@@ -209,7 +177,7 @@ def _check_tensors(folder: Path, settings: Mapping[str, Any], tensors: Mapping[s
     """Compares the adapter's shapes with the modules that they belong to.
 
     Raises:
-        AdapterError: for a module that the model does not have, or that has another size.
+        UserError: for a module that the model does not have, or that has another size.
     """
     base = settings.get("base_model_name_or_path")
     hint = f"The adapter was trained for another base model{f': {base}' if base else ''}"
@@ -219,11 +187,11 @@ def _check_tensors(folder: Path, settings: Mapping[str, Any], tensors: Mapping[s
         if not part:
             continue
         if module not in modules:
-            raise AdapterError(f"{folder}: the model has no module {module}. {hint}")
+            raise UserError(f"{folder}: the model has no module {module}. {hint}")
         wanted = _sizes(modules[module])
         axis = {"A.weight": -1, "B.weight": 0, "magnitude_vector": 0, "magnitude_vector.weight": 0}.get(part)
         if axis is not None and wanted and tensor.shape[axis] != wanted[axis]:
-            raise AdapterError(
+            raise UserError(
                 f"{folder}: {module}.lora_{part} is {tuple(tensor.shape)}; the base model's module is {wanted}. {hint}"
             )
 
@@ -241,7 +209,7 @@ def _check_complete(folder: Path, adapted: "PeftModel", tensors: Mapping[str, to
     missing = sorted(expected - tensors.keys())
     extra = sorted(name for name in tensors.keys() - expected if ".lora_" in name)
     if missing or extra:
-        raise AdapterError(
+        raise UserError(
             f"{folder}: keys missing: {', '.join(missing[:4]) or 'none'}; left over: {', '.join(extra[:4]) or 'none'}. "
             "Was it trained for another base model, or with other target_modules than adapter_config.json says?"
         )
@@ -306,7 +274,6 @@ def _full_modules(model: nn.Module, names: str | None) -> list[str] | None:
     known = {name.rpartition(".")[2] for name, _ in model.named_modules() if name}
     for name in wanted:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            raise AdapterError(f"the model has no module {name!r}" + (f"; did you mean {close[0]}?" if close else ""))
+            raise UserError(f"the model has no module {name!r}{did_you_mean(name, known)}")
     modules = [*(["score"] if has_score_head(model) else []), *wanted]
     return modules or None
