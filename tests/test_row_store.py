@@ -80,6 +80,40 @@ def test_whatever_rows_follow_from_makes_new_ones(data, tmp_path, tokenizer, ren
     assert len(kept_folders(cache)) == 6
 
 
+def test_the_key_covers_the_tokenizer_its_programs_and_the_libraries(data, tmp_path, tokenizer, monkeypatch):
+    settings = RowSettings("multi-turn", 64, 64, 64, "turns")
+
+    def key() -> str:
+        return tokenizing.find_cache_folder(str(tmp_path), read_records(data), tokenizer, settings).name
+
+    keys, rooms = [key()], []
+    monkeypatch.setattr(tokenizing, "hash_program", lambda folder: rooms.append(folder.name) or "same")
+    keys.append(key())
+    assert set(rooms) == {"conversation", "chatglm3"}, "vocabulary.py and chat.py decide ids too"
+    monkeypatch.setattr(tokenizing, "version", lambda name: f"another {name}")
+    keys.append(key())
+    (tmp_path / "other.model").write_bytes(Path(tokenizer.vocab_file).read_bytes() + b" ")
+    monkeypatch.setattr(tokenizer, "vocab_file", str(tmp_path / "other.model"))
+    keys.append(key())
+    assert len(set(keys)) == 4 and keys[-1] == key()
+
+
+@pytest.mark.parametrize("damage", ["a byte", "the end", "its facts"])
+def test_damaged_rows_are_made_anew(data, tmp_path, tokenizer, renderings, caplog, damage):
+    expected = build(data, tokenizer, tmp_path / "cache").train[2]
+    (folder,) = kept_folders(tmp_path / "cache")
+    table = folder / "rows.arrow"
+    content = table.read_bytes()
+    if damage == "its facts":
+        (folder / "facts.json").write_text("{", encoding="utf-8")
+    else:
+        half = len(content) // 2
+        table.write_bytes(content[:half] + (bytes([content[half] ^ 1]) + content[half + 1 :]) * (damage == "a byte"))
+    assert build(data, tokenizer, tmp_path / "cache").train[2] == expected
+    assert f"{folder} is damaged" in caplog.text and len(renderings) == 2
+    assert build(data, tokenizer, tmp_path / "cache").train[2] == expected and len(renderings) == 2
+
+
 def test_skipped_records_are_still_told(data, tmp_path, tokenizer, renderings):
     with data.open("a", encoding="utf-8") as file:
         file.write('{"conversations": []}\n')

@@ -198,6 +198,26 @@ def test_processes_and_workers_share_the_rows_out(tmp_path, stage, processes, wo
         assert count == Counter(token for row in range(len(in_memory)) for token in in_memory[row]["input_ids"][2:])
 
 
+def test_more_workers_than_records(tmp_path):
+    """A run goes through the data again and again; workers without a share leave that to the others."""
+    from torch.utils.data import DataLoader
+
+    from finetune_chatmodel_demo.training.sampling import number_rows
+
+    path = str(write_jsonl(tmp_path / "x.jsonl", records_of("sft", 3)))
+    rows = build_stage_data(DataArguments(train_file=path, streaming=True), "sft", TOKENIZER, 0).train
+    loader = iter(DataLoader(number_rows(rows), batch_size=1, num_workers=5, collate_fn=list))
+    drawn = [json.dumps(next(loader)[0]["input_ids"]) for _ in range(9)]
+    assert Counter(drawn) == {json.dumps(row["input_ids"]): 3 for row in rows.peek(3)}
+
+
+def test_a_stream_without_a_row_is_told_at_the_start(tmp_path):
+    path = str(write_jsonl(tmp_path / "x.jsonl", [conversation(user("no reply"))]))
+    rows = build_stage_data(DataArguments(train_file=path, streaming=True), "sft", TOKENIZER, 0).train
+    with pytest.raises(UserError, match=r"no row is left to train on: .*1 dropped without a target"):
+        rows.peek(1)
+
+
 def test_the_first_rows_are_held_out(tmp_path):
     # One record without a target stands among the first: rows count, not records.
     records = records_of("sft", 20)

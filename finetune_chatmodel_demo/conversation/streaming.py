@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
+from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.conversation.json_files import Located
 from finetune_chatmodel_demo.conversation.mixing import MixStrategy, mix_streams
 from finetune_chatmodel_demo.conversation.packing import block_capacity, make_block
@@ -83,8 +84,15 @@ class StreamedRows(IterableDataset):
         yield from map(self._finish, shuffle_in_buffer(self._rows(shard, shards), self.buffer_size, generator))
 
     def peek(self, count: int) -> list[dict[str, list[int]]]:
-        """The first rows in the order of the files, without reading further than they are."""
-        return list(map(self._finish, itertools.islice(self._rows(0, 1), count)))
+        """The first rows in the order of the files, without reading further than they are.
+
+        Raises:
+            UserError: There is none.
+        """
+        rows = list(map(self._finish, itertools.islice(self._rows(0, 1), count)))
+        if not rows:
+            raise UserError(f"no row is left to train on: {self.report}")
+        return rows
 
     def _finish(self, row: Any) -> dict[str, list[int]]:
         """A row as a trainer takes it, from what `_rows` gives."""

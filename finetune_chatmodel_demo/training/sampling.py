@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, IterableDataset, Sampler
+from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 from finetune_chatmodel_demo.conversation.records import RecordError
 from finetune_chatmodel_demo.conversation.render import IGNORED_LABEL
@@ -129,6 +129,8 @@ class NumberedStream(IterableDataset):
             for row in self.rows:
                 yield {**row, "row_index": index, "row_length": len(row["input_ids"])}
                 index += 1
+            if index == before and get_worker_info() is not None:
+                return  # fewer rows than workers: those of the other workers go on
             if index == before:
                 raise RecordError(f"no row is left to train on: {self.rows.report}")
 
