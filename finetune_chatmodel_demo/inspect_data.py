@@ -18,7 +18,8 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from finetune_chatmodel_demo.conversation.data_arguments import add_data_arguments, read_data_arguments
+from finetune_chatmodel_demo.common.flags import add_fields
+from finetune_chatmodel_demo.conversation.data_arguments import DataArguments, read_data_arguments
 from finetune_chatmodel_demo.conversation.records import STAGE_KINDS
 from finetune_chatmodel_demo.conversation.stage_data import StageData, build_stage_data
 from finetune_chatmodel_demo.conversation.viewing import format_row, format_summary
@@ -52,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=42, help="Of --val_size and --interleave_probs, as a run's [42].")
     parser.add_argument("--html", metavar="OUT.html", help="Write a self-contained page instead of printing rows.")
     parser.add_argument("--json", action="store_true", help="Print rows as JSON lines, and nothing else, on stdout.")
-    add_data_arguments(parser)
+    add_fields(parser, DataArguments)
     return parser
 
 

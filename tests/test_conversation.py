@@ -1,5 +1,6 @@
 """The conversation room: reading and validating records, rendering, truncating, datasets, collating."""
 
+import argparse
 import json
 import pickle
 import subprocess
@@ -12,8 +13,9 @@ from conversation_helpers import ASSISTANT, OBSERVATION, TOKENIZER, USER, conver
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from finetune_chatmodel_demo.common.errors import UserError
+from finetune_chatmodel_demo.common.flags import add_fields
 from finetune_chatmodel_demo.conversation import (
-    DataArguments,
     PadCollator,
     RecordError,
     Rendering,
@@ -28,6 +30,7 @@ from finetune_chatmodel_demo.conversation import (
     validate_conversation,
     validate_input_output,
 )
+from finetune_chatmodel_demo.conversation.arguments import DataArguments, read_data_arguments
 
 ROLES = ("system", "user", "assistant", "observation")
 
@@ -510,24 +513,17 @@ def test_collator_pads_to_the_longest_row():
     assert items[1] == {"input_ids": [8], "labels": [8]}, "the rows themselves stay as they are"
 
 
-def test_flags_are_the_same_for_both_parsers():
-    import argparse
-
-    from transformers import HfArgumentParser
-
-    from finetune_chatmodel_demo.conversation.data_arguments import add_data_arguments, read_data_arguments
-
+def test_data_flags():
     parser = argparse.ArgumentParser()
-    add_data_arguments(parser)
-    for line in ("", "--train_format input-output --max_seq_length 64 --preprocessing_num_workers 3 --train_file x"):
-        ours = read_data_arguments(parser.parse_args(line.split()))
-        (theirs,) = HfArgumentParser(DataArguments).parse_args_into_dataclasses(line.split())
-        assert ours == theirs
-    assert ours.dataset_options() == {
+    add_fields(parser, DataArguments)
+    line = "--train_format input-output --cutoff_len 64 --preprocessing_num_workers 3 --train_file x --streaming"
+    data = read_data_arguments(parser.parse_args(line.split()))
+    assert (data.train_file, data.streaming, data.packing) == ("x", True, False)
+    assert data.dataset_options() == {
         "max_seq_length": 64, "max_source_length": 1024, "max_target_length": 128, "truncation_strategy": "turns",
         "on_bad_record": "error", "num_workers": 3,
     }  # fmt: skip
-    with pytest.raises(ValueError, match="--max_seq_length must be at least 1, got 0"):
+    with pytest.raises(UserError, match="--max_seq_length is 0; it must be at least 1"):
         DataArguments(max_seq_length=0)
 
 

@@ -2,10 +2,11 @@
 
 import argparse
 import dataclasses
-import types
-import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from finetune_chatmodel_demo.common.errors import UserError
+from finetune_chatmodel_demo.common.flags import check_range
 
 AT_LEAST_ONE = (
     "max_samples",
@@ -15,8 +16,6 @@ AT_LEAST_ONE = (
     "max_target_length",
     "preprocessing_num_workers",
 )
-# LLaMA-Factory's name; `command_line` translates it for finetune.py.
-ALIASES = {"max_seq_length": ("--cutoff_len",)}
 
 
 @dataclass
@@ -68,7 +67,11 @@ class DataArguments:
         default=False, metadata={"help": "Run the Python program that a data set's script_url names."}
     )
     max_seq_length: int = field(
-        default=2048, metadata={"help": "Most tokens of a row (but see the next two); also --cutoff_len."}
+        default=2048,
+        metadata={
+            "help": "Most tokens of a row (but see the next two); also --cutoff_len.",
+            "aliases": ("--cutoff_len",),
+        },
     )
     packing: bool = field(
         default=False,
@@ -94,15 +97,10 @@ class DataArguments:
     )
 
     def __post_init__(self):
-        for name in AT_LEAST_ONE:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} must be at least 1, got {value}")
-        if self.val_size < 0:
-            raise ValueError(f"--val_size must be a share below 1 or a number of rows, got {self.val_size}")
-
+        check_range(self, "[1, inf)", *AT_LEAST_ONE)
+        check_range(self, "[0, inf)", "val_size")
         if self.train_format == "input-output" and self.template != "chatglm3":
-            raise ValueError(
+            raise UserError(
                 f"--train_format input-output has its own form; drop --template {self.template}, or write the records "
                 "as conversations (--train_format multi-turn)"
             )
@@ -116,34 +114,6 @@ class DataArguments:
         """The keywords of `build_dataset` besides format, path and tokenizer."""
         names = ("max_seq_length", "max_source_length", "max_target_length", "truncation_strategy", "on_bad_record")
         return {name: getattr(self, name) for name in names} | {"num_workers": self.preprocessing_num_workers}
-
-
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the fields of `DataArguments` as flags, for programs whose `--help` must not import transformers."""
-    for entry in dataclasses.fields(DataArguments):
-        options: dict[str, Any] = {"default": entry.default, "help": f"{entry.metadata['help']} [%(default)s]"}
-        if typing.get_origin(entry.type) is Literal:
-            options["choices"] = typing.get_args(entry.type)
-        elif entry.type is bool:
-            options |= {"type": parse_bool, "nargs": "?", "const": True, "metavar": "BOOL"}
-        elif isinstance(entry.type, types.UnionType):
-            options["type"] = typing.get_args(entry.type)[0]
-        else:
-            options["type"] = entry.type
-        parser.add_argument(f"--{entry.name}", *ALIASES.get(entry.name, ()), **options)
-
-
-def parse_bool(text: str) -> bool:
-    """`True`, `false`, `yes`, `0`, … as transformers' parser takes them for the same flags.
-
-    Raises:
-        argparse.ArgumentTypeError: Neither true nor false.
-    """
-    if text.lower() in ("yes", "true", "t", "y", "1"):
-        return True
-    if text.lower() in ("no", "false", "f", "n", "0"):
-        return False
-    raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
 
 
 def read_data_arguments(namespace: argparse.Namespace) -> DataArguments:

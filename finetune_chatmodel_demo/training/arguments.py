@@ -1,4 +1,4 @@
-"""The flags of a run that are this project's own, in groups; `command_line` parses them, `settings` decides.
+"""The flags of a run that are this project's own, in groups; `command_line` parses them, `deciding` decides.
 
 Names and defaults are the original demo's for the prefix, and LLaMA-Factory's for methods and stages, unless a comment
 gives another source.
@@ -6,6 +6,8 @@ gives another source.
 
 from dataclasses import dataclass, field
 from typing import Literal
+
+from finetune_chatmodel_demo.common.flags import check_range
 
 GROUP_BY_LENGTH = "group_by_length"
 # The values of --finetuning_type.
@@ -44,6 +46,11 @@ class ModelArguments:
         metadata={"help": "Load the base model in 4 or 8 bits (ptuning and lora).", "choices": [4, 8]},
     )
 
+    def __post_init__(self) -> None:
+        check_range(self, "[1, inf)", "pre_seq_len")
+        check_range(self, "(0, inf)", "prefix_init_std")
+        check_range(self, "[0, 1)", "prefix_dropout")
+
 
 @dataclass
 class MethodArguments:
@@ -77,6 +84,10 @@ class MethodArguments:
     freeze_extra_modules: str | None = field(
         default=None, metadata={"help": "freeze: modules outside of the layers that are trained as well, a,b,c."}
     )
+
+    def __post_init__(self) -> None:
+        check_range(self, "[1, inf)", "lora_rank", "lora_alpha")
+        check_range(self, "[0, 1)", "lora_dropout")
 
 
 @dataclass
@@ -138,6 +149,31 @@ class StageArguments:
         default=0.0, metadata={"help": "ppo: taken off the score of an answer that --max_new_tokens ended."}
     )
 
+    def __post_init__(self) -> None:
+        check_range(self, "[1, inf)", "ppo_epochs", "ppo_buffer_size")
+        check_range(
+            self,
+            "(0, inf)",
+            "pref_beta",
+            "ppo_target",
+            "ppo_kl_horizon",
+            "ppo_cliprange",
+            "ppo_cliprange_value",
+            "ppo_value_lr",
+        )
+        check_range(
+            self,
+            "[0, inf)",
+            "pref_ftx",
+            "center_rewards_coefficient",
+            "ppo_kl_coef",
+            "ppo_vf_coef",
+            "ppo_missing_eos_penalty",
+        )
+        check_range(self, "[0, 0.5)", "dpo_label_smoothing")
+        check_range(self, "(0, 1]", "ppo_gamma")
+        check_range(self, "[0, 1]", "ppo_lam")
+
 
 @dataclass
 class GenerationArguments:
@@ -148,6 +184,11 @@ class GenerationArguments:
     temperature: float = field(default=0.95, metadata={"help": "Of drawn tokens."})
     top_p: float = field(default=0.7, metadata={"help": "Draw from the likeliest tokens that share this probability."})
     top_k: int = field(default=50, metadata={"help": "Draw from this many tokens; 0: all."})
+
+    def __post_init__(self) -> None:
+        check_range(self, "[1, inf)", "max_new_tokens")
+        check_range(self, "[0, inf)", "temperature", "top_k")
+        check_range(self, "(0, 1]", "top_p")
 
 
 @dataclass
@@ -197,3 +238,7 @@ class RunArguments:
         default=None,
         metadata={"help": "Self-test instead of a run: train on N rows until their replies are reproduced exactly."},
     )
+
+    def __post_init__(self) -> None:
+        check_range(self, "[1, inf)", "early_stopping_patience", "overfit_check")
+        check_range(self, "[0, inf)", "early_stopping_threshold", "eval_questions")

@@ -2,18 +2,20 @@
 
     python finetune_chatmodel_demo/finetune.py --help
 
-Only what was given is returned, so that `settings` can choose the defaults by method and by device. `pasted` repairs
-command lines that arrived damaged, `foreign_flags` translates the flags of other programs.
+Only what was given is returned, so that `deciding` can choose the defaults by method and by device. Texts are never
+altered. Nothing here imports torch.
 """
 
 import argparse
 import difflib
 import json
+import os
 import re
-from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Any
 
-from finetune_chatmodel_demo.common.errors import UserError
+from finetune_chatmodel_demo.common.errors import UserError, did_you_mean
+from finetune_chatmodel_demo.common.flags import add_fields, parse_bool
 from finetune_chatmodel_demo.conversation.data_arguments import DataArguments
 from finetune_chatmodel_demo.training.arguments import (
     GenerationArguments,
@@ -22,13 +24,17 @@ from finetune_chatmodel_demo.training.arguments import (
     RunArguments,
     StageArguments,
 )
-from finetune_chatmodel_demo.training.foreign_flags import RENAMED, REPLACED, WITHOUT_EFFECT, translate_flag
-from finetune_chatmodel_demo.training.pasted import repair_arguments, repair_values
+from finetune_chatmodel_demo.training.foreign_flags import translate_flag
+from finetune_chatmodel_demo.training.trainer_flags import read_trainer_arguments
 
-FOREIGN_FLAGS = {*RENAMED, *WITHOUT_EFFECT, *REPLACED}
 # transformers 5.23 renamed the first to the second.
 CHECKPOINTING_FLAGS = ("gradient_checkpointing", "activation_checkpointing")
 CONFIG_FILE_ENDINGS = (".json", ".yaml", ".yml")
+FLAG = re.compile(r"--[A-Za-z][A-Za-z0-9_-]*")
+PATH_FLAGS = {
+    *("model_name_or_path", "ptuning_checkpoint", "adapter_name_or_path", "ref_model", "reward_model", "deepspeed"),
+    *("train_file", "validation_file", "dataset_dir", "output_dir", "resume_from_checkpoint", "tokenized_cache"),
+}
 # Title in --help → the flags below it.
 OWN_ARGUMENTS = {
     "model": ModelArguments,
@@ -65,63 +71,35 @@ the flags of transformers' TrainingArguments that are used most (--help_all list
   --seed N"""
 
 
-def quick_help() -> str:
-    """Returns the help text of the own flags, without importing transformers."""
-    parser = argparse.ArgumentParser(
+class _Parser(argparse.ArgumentParser):
+    """Mistakes are `UserError`s, and a word that is none of the choices gets a suggestion."""
+
+    def error(self, message: str) -> None:
+        match = re.match(r"argument (--\w+): invalid choice: '?([^' ]+)", message)
+        if match:
+            choices = [str(c) for action in self._actions if match[1] in action.option_strings for c in action.choices]
+            near = difflib.get_close_matches(match[2].lower(), choices, n=1, cutoff=0.5)
+            message += f"; did you mean {near[0]}?" if near else ""
+        raise UserError(message)
+
+
+def build_parser(*, with_trainer: bool = True) -> argparse.ArgumentParser:
+    """Returns a parser of all flags, or of this project's own, that leaves out of its result what was not given."""
+    parser = _Parser(
         prog="finetune.py",
         usage="finetune.py [SETTINGS.json|SETTINGS.yaml] [--flag value ...]",
         description="Fine-tunes a ChatGLM3: --stage says from what it learns, --finetuning_type what is trained. "
         "Examples of settings files are in finetune_chatmodel_demo/configs.",
-        epilog=COMMON_TRAINER_FLAGS,
+        epilog=None if with_trainer else COMMON_TRAINER_FLAGS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     for title, arguments in OWN_ARGUMENTS.items():
-        group = parser.add_argument_group(title)
-        for item in fields(arguments):
-            text = item.metadata.get("help", "")
-            if item.default is not MISSING and item.default is not None:
-                text += f" Default: {item.default}."
-            group.add_argument(f"--{item.name}", metavar="X", help=text.replace("%", "%%"))
-    return parser.format_help()
-
-
-def parse_given(argv: list[str]) -> tuple[dict[str, object], list[str]]:
-    """Parses the command line.
-
-    Args:
-        argv: flags; a JSON or YAML file may stand first (alone, as in the original demo, or with flags that
-            override it).
-
-    Returns:
-        The options that were given, converted to their types, and notices about what was repaired, or has no effect.
-
-    Raises:
-        UserError: for an unknown flag, a value that cannot be converted, or a command line that arrived damaged.
-    """
-    parser = build_parser()
-    known = {name.replace("-", "_") for action in parser._actions for name in _names(action)}
-    argv, notices = repair_arguments(argv, known | FOREIGN_FLAGS)
-    if argv and not argv[0].startswith("-") and argv[0].endswith(CONFIG_FILE_ENDINGS):
-        argv = _flags_of_file(_find_config(argv[0])) + argv[1:]
-    argv = _translate_flags(argv, notices)
-    values, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise UserError(_describe_unknown(unknown[0], parser))
-    return vars(values), notices
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Returns a parser of all flags that leaves out of its result what was not given."""
-    from transformers import HfArgumentParser, TrainingArguments
-
-    class Parser(HfArgumentParser):
-        def error(self, message: str) -> None:
-            raise UserError(message + _suggest_choice(message, self))
-
-    parser = Parser((*OWN_ARGUMENTS.values(), TrainingArguments), prog="finetune.py", allow_abbrev=False)
+        add_fields(parser.add_argument_group(title), arguments)
+    if with_trainer:
+        add_fields(parser.add_argument_group("transformers' TrainingArguments"), read_trainer_arguments())
     for action in parser._actions:
         action.default = argparse.SUPPRESS
-        action.required = False
         if action.dest in CHECKPOINTING_FLAGS:
             action.type, action.metavar = read_checkpointing, "none|mlp|full"
     return parser
@@ -129,90 +107,149 @@ def build_parser() -> argparse.ArgumentParser:
 
 def read_checkpointing(value: str) -> bool | str:
     """--gradient_checkpointing: transformers' True and False, or a policy; "mlp" stays a word."""
-    from transformers.hf_argparser import string_to_bool
-
     named = {"none": False, "full": True, "mlp": "mlp"}
     try:
-        return named[value] if value in named else string_to_bool(value)
+        return named[value] if value in named else parse_bool(value)
     except argparse.ArgumentTypeError as error:
         raise argparse.ArgumentTypeError(f"{value!r} is none of none, mlp, full (or False, True)") from error
 
 
-def _names(action: argparse.Action) -> list[str]:
-    return [option[2:] for option in action.option_strings if option.startswith("--")]
+def parse_given(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Parses the command line.
 
+    Args:
+        argv: flags; a JSON or YAML file may stand first (alone, as in the original demo, or with flags that
+            override it).
 
-def _translate_flags(argv: list[str], notices: list[str]) -> list[str]:
-    """Rewrites flags that other programs know, and repairs values; see `foreign_flags` and `pasted`."""
-    result: list[str] = []
-    for flag, values in _split_flags(argv):
-        name = flag.lstrip("-").replace("-", "_")
-        values = repair_values(name, values, notices)
-        arguments, notice = translate_flag(name, values) if flag.startswith("--") else (None, None)
-        result += [flag, *values] if arguments is None else arguments
-        notices += [notice] if notice else []
-    return result
+    Returns:
+        The options that were given, converted to their types, and notices about what has no effect.
+
+    Raises:
+        UserError: for an unknown flag, a value that cannot be converted, or a command line that arrived damaged.
+    """
+    find_broken_line(argv)
+    if argv and not argv[0].startswith("-") and argv[0].endswith(CONFIG_FILE_ENDINGS):
+        argv = _flags_of_file(_read_path(argv[0], "the settings file", [])) + argv[1:]
+    parser = build_parser()
+    known = {action.dest: action for action in parser._actions}
+    notices: list[str] = []
+    arguments: list[str] = []
+    for name, values in _split_flags(argv):
+        arguments += _write_flag(name, values, known, notices) if name else values
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        raise UserError(_describe_unknown(unknown[0], list(known)))
+    return vars(options), notices
 
 
 def _split_flags(argv: list[str]) -> list[tuple[str, list[str]]]:
-    """Groups arguments by flag: `--a 1 --b=2` becomes [("--a", ["1"]), ("--b", ["2"])]."""
-    groups: list[tuple[str, list[str]]] = []
+    """Groups arguments by flag: `--pre-seq-len 1 --b=2` becomes [("pre_seq_len", ["1"]), ("b", ["2"])].
+
+    What stands in front of the first flag has the name "".
+    """
+    groups: list[tuple[str, list[str]]] = [("", [])]
     for item in argv:
-        if item.startswith("--"):
-            flag, equals, value = item.partition("=")
-            groups.append((flag, [value] if equals else []))
-        elif groups:
-            groups[-1][1].append(item)
+        flag, equals, value = item.partition("=")
+        if FLAG.fullmatch(flag):
+            groups.append((flag[2:].replace("-", "_"), [value] if equals else []))
         else:
-            groups.append((item, []))
+            groups[-1][1].append(item)
     return groups
 
 
-def _find_config(path: str) -> Path:
-    """The settings file; one whose path was written with backslashes is found on every system."""
-    slashes = Path(path.replace("\\", "/"))
-    return slashes if not Path(path).is_file() and slashes.is_file() else Path(path)
+def _write_flag(name: str, values: list[str], known: dict[str, argparse.Action], notices: list[str]) -> list[str]:
+    """One flag as the parser knows it; notices are added where it has no effect."""
+    translated = translate_flag(name, values)
+    if isinstance(translated, str):
+        notices.append(translated)
+        return []
+    name, values = translated
+    if name.startswith("no_") and name[3:] in known and not values:
+        name, values = name[3:], ["False"]
+    if name in PATH_FLAGS:
+        values = [str(_read_path(value, f"--{name}", notices)) for value in values]
+    # In one word, a value that begins with a dash is none the less a value.
+    return [f"--{name}={values[0]}"] if len(values) == 1 else [f"--{name}", *values]
 
 
-def _flags_of_file(path: Path) -> list[str]:
+def _read_path(value: str, what: str, notices: list[str]) -> str:
+    """A path; one that was written with backslashes is read on every system."""
+    if "\\" not in value or os.name == "nt" or value.startswith("{") or Path(value).exists():
+        return value
+    slashes = re.sub(r"\\+", "/", value)
+    notices.append(f"{what} {value}: backslashes are read as slashes, {slashes}")
+    return slashes
+
+
+def _flags_of_file(path: str) -> list[str]:
     """Reads a settings file as flags, so that both ways in have the same names, types and errors.
 
     (YAML reads `2e-2` as text, for instance; as a flag's value it is a number.)
     """
-    if not path.is_file():
-        raise UserError(f"the settings file {path} does not exist")
+    if not Path(path).is_file():
+        raise UserError(f"the settings file {path} does not exist (the current folder is {Path.cwd()})")
     import yaml
 
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        settings = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        text = Path(path).read_text(encoding="utf-8-sig")
+        settings = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read as {path.suffix[1:].upper()}: {error}") from error
+        raise UserError(f"the settings file {path} cannot be read: {error}") from error
     if not isinstance(settings, dict):
         raise UserError(f"{path} holds a {type(settings).__name__}; write one mapping of flag names to values")
     flags: list[str] = []
     for name, value in settings.items():
-        if value is None:
-            continue
         if isinstance(value, list):
             flags += [f"--{name}", *map(str, value)]
-        else:
+        elif value is not None:
             flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
     return flags
 
 
-def _describe_unknown(argument: str, parser: argparse.ArgumentParser) -> str:
-    known = [option for action in parser._actions for option in action.option_strings if "_" in option]
-    close = difflib.get_close_matches(argument.partition("=")[0].replace("-", "_").replace("__", "--", 1), known)
-    hint = f"; did you mean {close[0]}?" if close else "; --help_all lists every flag"
-    return f"unknown argument {argument!r}{hint}"
+def find_broken_line(argv: list[str]) -> None:
+    """Looks for what the shell hands over where a command of several lines is broken.
+
+    Raises:
+        UserError: says where, and how to write it.
+    """
+    for index, item in enumerate(argv):
+        if item.endswith("\r"):
+            why = "the script has Windows line ends (\\r); convert it: sed -i 's/\\r$//' SCRIPT.sh"
+        elif item in ("\\", "^", "`"):
+            why = f"{item!r} arrived as an argument: something stands behind it, or this shell does not continue lines "
+            why += "with it (bash does so with a backslash, cmd.exe with ^, PowerShell with `)"
+        elif re.fullmatch(r"[ \t]+(--\w+)?|\s*\\?\s*#", item):
+            why = "a backslash must be the last character of its line, and "
+            why += "a comment" if "#" in item else "a blank"
+            why += " follows it here. Remove what stands behind the backslashes, and put comments above the command"
+        else:
+            continue
+        if not any(FLAG.match(other) for other in argv[index + 1 :]):
+            why += "; the lines below it never arrived"
+        flags = [position for position, other in enumerate(argv[:index]) if FLAG.match(other)]
+        behind = f" ({' '.join(argv[flags[-1] : index])})" if flags else ""
+        raise UserError(f"line {len(flags) + 1} of the command, if each flag has its line{behind}: {why}")
 
 
-def _suggest_choice(message: str, parser: argparse.ArgumentParser) -> str:
-    """`; did you mean cosine?` behind argparse's message about a value that is none of the choices."""
-    match = re.match(r"argument (?:--[\w-]+/)*(--[\w-]+): invalid choice: '?([^' ]+)", message)
-    if not match:
+def describe_lost_lines(given: dict[str, Any]) -> str:
+    """What else may be wrong where a run lacks its most important flags: a comment in front of a backslash, which the
+    shell takes away together with it, leaves no other trace."""
+    if not given or given.get("model_name_or_path") or given.get("output_dir") or given.get("replay"):
         return ""
-    choices = [str(c) for action in parser._actions if match[1] in action.option_strings for c in action.choices or ()]
-    close = difflib.get_close_matches(match[2].lower(), choices, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+    return (
+        ". Neither --model_name_or_path nor --output_dir arrived: in a command of several lines each but the last must "
+        "end with a backslash, and no comment may stand in a line"
+    )
+
+
+def _describe_unknown(argument: str, known: list[str]) -> str:
+    name = argument.partition("=")[0]
+    if name.endswith(".py"):
+        hint = "; this program is finetune.py already: a run is flags, or a YAML or JSON file"
+    elif name.startswith("-") or name[:1] in "‐‑‒–—―−─━﹘﹣－ー":
+        plain = "--" + re.sub(r"^\W+", "", name).replace("-", "_")
+        hint = did_you_mean(plain, [f"--{each}" for each in known]) or "; --help_all lists every flag."
+        hint += "" if argument.startswith("--") else " Flags begin with two plain dashes (--)."
+    else:
+        hint = "; a flag's value is one word: put a text with blanks between quotes"
+    return f"unknown argument {name!r}{hint}"
