@@ -116,7 +116,7 @@ def test_a_blank_behind_a_backslash_is_diagnosed(arrive):
 
 
 def test_the_command_is_an_error_message_and_no_stack_trace(arrive, capsys):
-    assert finetune.main(arrive(DOCUMENT)) == 1
+    assert finetune.main(arrive(DOCUMENT)) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith("finetune.py: error: line 2 of the command") and not printed.out
 
@@ -169,7 +169,7 @@ def test_a_file_with_a_backslash_in_its_name_is_left_alone(tmp_path, monkeypatch
 def test_a_comment_in_front_of_a_backslash_is_suspected(arrive, capsys):
     argv = arrive("python --stage sft # 训练阶段 \\\n --do_train True")
     assert argv == ["--stage", "sft"]
-    assert finetune.main(argv) == 1
+    assert finetune.main(argv) == 2
     error = capsys.readouterr().err
     assert "there is nothing to read" in error
     assert "in a command of several lines each but the last must end with a backslash, and no comment" in error
@@ -210,7 +210,7 @@ def test_the_documents_command_trains(arrive, documents_folder):
 
 def test_the_documents_fp16_needs_a_gpu(arrive, documents_folder, capsys):
     command = "\n".join(line.partition(" #")[0].rstrip() for line in DOCUMENT.splitlines())
-    assert finetune.main([*arrive(command), "--use_cpu"]) == 1
+    assert finetune.main([*arrive(command), "--use_cpu"]) == 2
     assert "--fp16 needs a GPU, and there is none; drop --fp16" in capsys.readouterr().err
 
 

@@ -30,7 +30,7 @@ from finetune_chatmodel_demo.conversation import (
     validate_conversation,
     validate_input_output,
 )
-from finetune_chatmodel_demo.conversation.arguments import DataArguments, read_data_arguments
+from finetune_chatmodel_demo.conversation.data_arguments import DataArguments, read_data_arguments
 
 ROLES = ("system", "user", "assistant", "observation")
 

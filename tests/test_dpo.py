@@ -424,7 +424,7 @@ def test_results_are_in_the_files_that_users_know(model, data, tmp_path):
     ],
 )
 def test_impossible_settings_are_refused(options, message, model, data, tmp_path, capsys):
-    assert train(model, data, tmp_path / "o", **{"stage": "dpo", "finetuning_type": "full"} | options) == 1
+    assert train(model, data, tmp_path / "o", **{"stage": "dpo", "finetuning_type": "full"} | options) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
 
@@ -437,7 +437,7 @@ def test_too_old_a_trl_is_refused(found, model, data, tmp_path, capsys, monkeypa
         return found
 
     monkeypatch.setattr(dpo_settings.metadata, "version", version)
-    assert train(model, data, tmp_path / "o", stage="dpo", finetuning_type="full") == 1
+    assert train(model, data, tmp_path / "o", stage="dpo", finetuning_type="full") == 2
     assert f"needs the package trl from version 1.16 (found: {found or 'none'})" in capsys.readouterr().err
 
 

@@ -120,7 +120,7 @@ def test_the_best_evaluation_has_a_checkpoint(model, data, validation, tmp_path)
     ],
 )
 def test_impossible_choices_are_refused(options, message, model, data, tmp_path, capsys):
-    assert train(model, data, tmp_path / "o", **options) == 1
+    assert train(model, data, tmp_path / "o", **options) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
 

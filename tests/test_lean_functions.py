@@ -145,7 +145,7 @@ def test_torch_compile_trains_as_without_it(files, tmp_path, capsys):
 )
 def test_what_cannot_be_compiled_is_refused(options, message, files, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert train(*files, tmp_path / "o", pre_seq_len=4, **options) == 1
+    assert train(*files, tmp_path / "o", pre_seq_len=4, **options) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
 

@@ -107,7 +107,7 @@ def test_freeze_chooses_layers_and_modules(model, data, tmp_path):
     ],
 )
 def test_freeze_explains_what_does_not_exist(options, message, model, data, tmp_path, capsys):
-    assert train(model, data, tmp_path / "o", finetuning_type="freeze", **options) == 1
+    assert train(model, data, tmp_path / "o", finetuning_type="freeze", **options) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
 
@@ -141,7 +141,7 @@ def test_lora_says_what_it_is(model, data, tmp_path, capsys):
     ],
 )
 def test_impossible_combinations_are_refused(options, message, model, data, tmp_path, capsys):
-    assert train(model, data, tmp_path / "o", **options) == 1
+    assert train(model, data, tmp_path / "o", **options) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
 
@@ -168,7 +168,7 @@ def test_an_adapter_is_continued(model, data, tmp_path):
 
 def test_runs_of_different_methods_are_kept_apart(model, data, tmp_path, capsys):
     assert train(model, data, tmp_path / "o", save_steps=2, **METHODS["lora"]) == 0
-    assert train(model, data, tmp_path / "o", resume_from_checkpoint=True, **METHODS["freeze"]) == 1
+    assert train(model, data, tmp_path / "o", resume_from_checkpoint=True, **METHODS["freeze"]) == 2
     assert "is a checkpoint of LoRA, and this run trains some layers (freeze)" in capsys.readouterr().err
 
 

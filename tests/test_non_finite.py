@@ -47,7 +47,7 @@ def poisoned(model, monkeypatch):
 
 def test_a_bad_loss_stops_the_run_and_names_the_row(model, broken, poisoned, tmp_path, capsys):
     options = METHODS["ptuning"] | {"per_device_train_batch_size": 1, "max_steps": 24}
-    assert train(model, broken, tmp_path / "o", **options) == 1
+    assert train(model, broken, tmp_path / "o", **options) == 2
     error = capsys.readouterr().err
     assert "the loss is nan at step" in error
     assert f"row {BAD_ROW} (" in error
@@ -58,7 +58,7 @@ def test_a_bad_loss_stops_the_run_and_names_the_row(model, broken, poisoned, tmp
 @pytest.mark.parametrize("method", METHODS)
 def test_the_row_is_named_among_those_of_a_step(method, model, broken, poisoned, tmp_path, capsys):
     options = METHODS[method] | {"per_device_train_batch_size": 1, "max_steps": 6}
-    assert train(model, broken, tmp_path / "o", gradient_accumulation_steps=4, **options) == 1
+    assert train(model, broken, tmp_path / "o", gradient_accumulation_steps=4, **options) == 2
     error = capsys.readouterr().err
     assert "the loss is nan at step" in error
     assert f"in the batch of row {BAD_ROW} ({broken} line {BAD_ROW + 1}). Nothing of this step" in error
@@ -68,7 +68,7 @@ def test_the_row_is_named_among_those_of_a_step(method, model, broken, poisoned,
 @pytest.mark.parametrize("options", [{"bf16": True}, {"gradient_checkpointing": True}, {"packing": True}])
 def test_the_row_is_named_in_other_ways_to_compute(options, model, broken, poisoned, tmp_path, capsys):
     options = METHODS["lora"] | {"per_device_train_batch_size": 1, "max_steps": 24} | options
-    assert train(model, broken, tmp_path / "o", **options) == 1
+    assert train(model, broken, tmp_path / "o", **options) == 2
     error = capsys.readouterr().err
     assert "the loss is nan at step" in error
     assert f"line {BAD_ROW + 1}" in error or f"row {BAD_ROW}" in error
@@ -93,7 +93,7 @@ def poison_gradients(monkeypatch):
 def test_an_infinite_gradient_names_all_rows_of_the_step(method, model, data, tmp_path, monkeypatch, capsys):
     poison_gradients(monkeypatch)
     options = METHODS[method] | {"gradient_accumulation_steps": 3, "max_steps": 1}
-    assert train(model, data, tmp_path / "o", **options) == 1
+    assert train(model, data, tmp_path / "o", **options) == 2
     error = capsys.readouterr().err
     assert "the gradient's norm is" in error and "at step 1, in the batch of row" in error
     assert error.count(f"({data} line ") == 6  # 2 rows × 3 accumulated

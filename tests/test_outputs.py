@@ -429,7 +429,7 @@ def test_results_describe_the_best_model_where_that_is_kept(model, data, validat
 
 def test_a_reporter_without_its_package_is_refused_before_loading(model, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(results.importlib.util, "find_spec", lambda _: None)
-    assert train(model, data, tmp_path / "o", report_to="tensorboard") == 1
+    assert train(model, data, tmp_path / "o", report_to="tensorboard") == 2
     assert "--report_to tensorboard needs the package tensorboard: pip install" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
 
@@ -545,7 +545,7 @@ def test_learning_rates_follow_their_formula_and_go_on_after_a_resume(
     ],
 )
 def test_schedules_that_cannot_be_are_refused_before_loading(model, data, tmp_path, options, message, capsys):
-    assert train(model, data, tmp_path / "o", pre_seq_len=4, **options) == 1
+    assert train(model, data, tmp_path / "o", pre_seq_len=4, **options) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
 

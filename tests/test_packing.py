@@ -417,5 +417,5 @@ def test_a_packed_run_resumes_to_the_same_weights(model, tmp_path):
 )
 def test_packing_is_refused_where_it_means_nothing(options, message, model, tmp_path, capsys):
     data = write_conversations(tmp_path / "train.jsonl")
-    assert train(model, data, tmp_path / "o", packing=True, **options) == 1
+    assert train(model, data, tmp_path / "o", packing=True, **options) == 2
     assert message in capsys.readouterr().err

@@ -356,7 +356,7 @@ def test_a_resumed_run_ends_with_the_same_weights(model, files, tmp_path, method
 def test_a_rollout_can_only_be_continued_as_it_was_begun(model, files, tmp_path, capsys):
     run(model, files, tmp_path / "o", max_steps=3)
     argv = options(files, max_steps=5, resume_from_checkpoint=True, ppo_epochs=3)
-    assert train(model, files / "train.jsonl", tmp_path / "o", **argv) == 1
+    assert train(model, files / "train.jsonl", tmp_path / "o", **argv) == 2
     assert "in the middle of a rollout, which can only be continued as it was begun: ppo_epochs was 2, is 3" in (
         capsys.readouterr().err
     )
@@ -365,7 +365,7 @@ def test_a_rollout_can_only_be_continued_as_it_was_begun(model, files, tmp_path,
 def test_weights_alone_are_not_resumed_from(model, files, tmp_path, capsys):
     run(model, files, tmp_path / "o", max_steps=2, save_only_model=True)
     argv = options(files, max_steps=4, resume_from_checkpoint=True)
-    assert train(model, files / "train.jsonl", tmp_path / "o", **argv) == 1
+    assert train(model, files / "train.jsonl", tmp_path / "o", **argv) == 2
     assert "checkpoint-2 has no ppo_state.pt (--save_only_model?)" in capsys.readouterr().err
 
 
@@ -461,7 +461,7 @@ def test_a_bad_probability_stops_the_run_and_names_the_prompts(model, files, tmp
         return poisoned
 
     monkeypatch.setattr(workflow, "prepare_model", load_poisoned)
-    assert train(model, files / "train.jsonl", tmp_path / "o", **options(files)) == 1
+    assert train(model, files / "train.jsonl", tmp_path / "o", **options(files)) == 2
     error = capsys.readouterr().err
     assert "the policy's probabilities are no numbers at step 1, in the batch of row " in error
     assert "train.jsonl line " in error
@@ -479,12 +479,12 @@ def test_a_bad_loss_stops_the_run_and_names_the_prompts(model, files, tmp_path, 
 
 def test_a_prompt_without_room_for_a_reply_is_named(model, files, tmp_path, capsys):
     argv = options(files, max_new_tokens=490)
-    assert train(model, files / "train.jsonl", tmp_path / "o", **argv) == 1
+    assert train(model, files / "train.jsonl", tmp_path / "o", **argv) == 2
     error = capsys.readouterr().err
     assert "with --max_new_tokens 490 at most 22 fit into the model's context" in error
     assert "the prompt of row " in error
     argv = options(files, max_new_tokens=512)
-    assert train(model, files / "train.jsonl", tmp_path / "o", **argv) == 1
+    assert train(model, files / "train.jsonl", tmp_path / "o", **argv) == 2
     assert "--max_new_tokens: max_new_tokens is 512" in capsys.readouterr().err
 
 
@@ -521,7 +521,7 @@ def test_impossible_runs_are_refused_before_loading(model, files, tmp_path, chan
     argv = options(files, **changes)
     if changes.get("stage") == "sft":
         argv = {key: value for key, value in argv.items() if key != "ppo_epochs" or "ppo_epochs" in changes}
-    assert train(model, files / "train.jsonl", tmp_path / "o", **argv) == 1
+    assert train(model, files / "train.jsonl", tmp_path / "o", **argv) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "o").exists()
 

@@ -317,14 +317,14 @@ def test_rows_held_out_of_the_training_data_are_predicted(model, data, tmp_path)
 )
 def test_predictions_that_cannot_be_are_refused_before_loading(model, data, tmp_path, options, message, capsys):
     options = {"do_predict": True, "do_train": True, "validation_file": data, **options}
-    assert train(model, data, tmp_path / "o", **options) == 1
+    assert train(model, data, tmp_path / "o", **options) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
 
 
 def test_a_missing_package_stops_the_run_before_loading(model, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(prediction, "PACKAGES", {"no_such_module": "no-such-package"})
-    assert train(model, data, tmp_path / "o", do_predict=True, validation_file=data) == 1
+    assert train(model, data, tmp_path / "o", do_predict=True, validation_file=data) == 2
     assert "pip install no-such-package" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
 

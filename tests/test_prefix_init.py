@@ -129,7 +129,7 @@ def test_a_base_in_low_precision_gives_its_own_keys(options, model, data, tmp_pa
 )
 def test_contradictions_are_refused(options, message, model, data, tmp_path, capsys):
     options = {"pre_seq_len": 4, "prefix_init_text": TEXT} | options
-    assert train(model, data, tmp_path / "o", **options) == 1
+    assert train(model, data, tmp_path / "o", **options) == 2
     assert message in capsys.readouterr().err
 
 
@@ -142,7 +142,7 @@ def test_an_empty_text_is_refused(model, data, tmp_path):
 def test_a_text_and_a_checkpoint_exclude_each_other(model, data, tmp_path, capsys):
     assert train(model, data, tmp_path / "a", pre_seq_len=4, max_steps=1) == 0
     options = {"ptuning_checkpoint": tmp_path / "a", "prefix_init_text": TEXT}
-    assert train(model, data, tmp_path / "b", **options) == 1
+    assert train(model, data, tmp_path / "b", **options) == 2
     assert "--prefix_init_text is for a new prefix, --ptuning_checkpoint has one" in capsys.readouterr().err
 
 

@@ -220,7 +220,7 @@ def test_the_first_pair_and_the_run_are_shown(model, data, tmp_path, capsys):
     ],
 )
 def test_impossible_settings_are_refused(options, message, model, data, tmp_path, capsys):
-    assert train(model, data, tmp_path / "o", **options) == 1
+    assert train(model, data, tmp_path / "o", **options) == 2
     assert message in capsys.readouterr().err
 
 
@@ -234,7 +234,7 @@ def test_a_loss_that_is_no_number_names_the_pairs(stage, model, data, tmp_path, 
 
     original = workflow.prepare_model
     monkeypatch.setattr(workflow, "prepare_model", poison)
-    assert train(model, data, tmp_path / "o", stage=stage, finetuning_type="full") == 1
+    assert train(model, data, tmp_path / "o", stage=stage, finetuning_type="full") == 2
     error = capsys.readouterr().err
     assert "the loss is nan at step 1" in error
     assert "pairs.jsonl line " in error

@@ -137,7 +137,7 @@ def test_a_full_disk_leaves_nothing_half_written(model, data, tmp_path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(files, "flush", flush)
-        assert train(model, data, tmp_path / "o", **options) == 1
+        assert train(model, data, tmp_path / "o", **options) == 2
     error = capsys.readouterr().err
     assert "No space left on device" in error and "make room" in error
     assert [path.name for path in checkpoints.list_checkpoints(tmp_path / "o")] == ["checkpoint-2"]
@@ -148,10 +148,10 @@ def test_a_full_disk_leaves_nothing_half_written(model, data, tmp_path, monkeypa
 def test_an_output_folder_that_cannot_be_written_to_is_refused_at_once(model, data, tmp_path, monkeypatch, capsys):
     blocked = tmp_path / "file"
     blocked.write_text("")
-    assert train(model, data, blocked / "o", pre_seq_len=4) == 1
+    assert train(model, data, blocked / "o", pre_seq_len=4) == 2
     assert f"cannot be written to: {blocked} is no folder" in capsys.readouterr().err
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write anywhere
-    assert train(model, data, tmp_path / "a" / "b", pre_seq_len=4) == 1
+    assert train(model, data, tmp_path / "a" / "b", pre_seq_len=4) == 2
     assert f"cannot be written to: {tmp_path} is read-only" in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
 
@@ -227,9 +227,9 @@ def test_a_replay_names_what_has_changed(finished, data, tmp_path, capsys):
 
 def test_a_missing_manifest_is_explained(tmp_path, capsys):
     path = tmp_path / "nothing.json"
-    assert finetune.main(["--replay", str(path)]) == 1
+    assert finetune.main(["--replay", str(path)]) == 2
     expected = f"finetune.py: error: --replay {path}: no such file; give the --output_dir of a run that has trained\n"
     assert capsys.readouterr().err == expected  # and nothing about flags that a replay does without
     path.write_text("{}")
-    assert finetune.main(["--replay", str(path)]) == 1
+    assert finetune.main(["--replay", str(path)]) == 2
     assert "no manifest of a run can be read there" in capsys.readouterr().err

@@ -174,7 +174,7 @@ def test_a_gpu_turns_on_bf16_and_gradient_checkpointing(monkeypatch):
 )
 def test_impossible_runs_are_refused_before_loading(model, data, tmp_path, options, message, monkeypatch, capsys):
     monkeypatch.setattr(methods, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
-    assert train(model, data, tmp_path / "o", **{"pre_seq_len": None, **options}) == 1
+    assert train(model, data, tmp_path / "o", **{"pre_seq_len": None, **options}) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
 
@@ -467,9 +467,9 @@ def test_runs_are_kept_apart(model, data, tmp_path, capsys):
     options = {"pre_seq_len": 4, "max_steps": 2, "save_steps": 1}
     assert train(model, data, tmp_path / "o", resume_from_checkpoint=True, **options) == 0
     assert f"no whole checkpoint in {tmp_path / 'o'}: starting from the beginning" in capsys.readouterr().out
-    assert train(model, data, tmp_path / "o", **options) == 1
+    assert train(model, data, tmp_path / "o", **options) == 2
     assert "holds checkpoint-2 of an earlier run" in capsys.readouterr().err
-    assert train(model, data, tmp_path / "o", resume_from_checkpoint=True, max_steps=2) == 1
+    assert train(model, data, tmp_path / "o", resume_from_checkpoint=True, max_steps=2) == 2
     assert "is a checkpoint of P-Tuning v2, and this run trains all parameters" in capsys.readouterr().err
     options |= {"max_steps": 4, "save_steps": 3, "learning_rate": 1e-2}
     assert train(model, data, tmp_path / "o", resume_from_checkpoint=tmp_path / "o" / "checkpoint-1", **options) == 0
@@ -481,12 +481,12 @@ def test_runs_are_kept_apart(model, data, tmp_path, capsys):
 
 def test_models_that_cannot_be_loaded_are_explained(prefix_run, model, data, tmp_path, capsys):
     output, _, _ = prefix_run
-    assert train(model, data, tmp_path / "o", ptuning_checkpoint=output, pre_seq_len=5) == 1
+    assert train(model, data, tmp_path / "o", ptuning_checkpoint=output, pre_seq_len=5) == 2
     assert "the prefix has 4 positions, but 5 were asked for" in capsys.readouterr().err
     (tmp_path / "broken").mkdir()
     for name in ("config.json", "tokenizer.model", "tokenizer_config.json"):
         (tmp_path / "broken" / name).write_bytes((model / name).read_bytes())
-    assert train(tmp_path / "broken", data, tmp_path / "o") == 1
+    assert train(tmp_path / "broken", data, tmp_path / "o") == 2
     assert str(tmp_path / "broken") in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
 
@@ -520,7 +520,7 @@ def test_damaged_model_folders_are_named_before_weights_are_read(model, data, tm
     folder = tmp_path / "base"
     shutil.copytree(model, folder)
     damage(folder)
-    assert train(folder, data, tmp_path / "o") == 1
+    assert train(folder, data, tmp_path / "o") == 2
     shown = capsys.readouterr().err
     assert message in shown
     assert str(folder) in shown
@@ -529,7 +529,7 @@ def test_damaged_model_folders_are_named_before_weights_are_read(model, data, tm
 
 def test_a_name_that_neither_disk_nor_hub_knows_is_explained(data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert train("no/model", data, tmp_path / "o") == 1
+    assert train("no/model", data, tmp_path / "o") == 2
     assert "--model_name_or_path: no/model: there is no such folder, and as a name" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
 
