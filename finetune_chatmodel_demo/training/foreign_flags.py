@@ -168,7 +168,9 @@ def translate_flag(name: str, values: list[str]) -> tuple[str, list[str]] | str:
     if name == GROUP_BY_LENGTH:
         return "train_sampling_strategy", [GROUP_BY_LENGTH if is_on else "random"]
     if name == "disable_shuffling":
-        return "train_sampling_strategy", ["sequential" if is_on else GROUP_BY_LENGTH]
+        if not is_on:
+            return "--disable_shuffling False has no effect: rows are shuffled anyway"
+        return "train_sampling_strategy", ["sequential"]
     if name == "disable_gradient_checkpointing":
         return "gradient_checkpointing", [str(not is_on)]
     if name in RENAMED_VALUES and values:
