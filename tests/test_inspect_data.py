@@ -132,7 +132,7 @@ def test_input_output_rows(tiny_folder, tokenizer, tmp_path, capsys):
     ("arguments", "expected"),
     [
         (["--row", "3"], "--row 3 does not exist; .* has rows 0 to 2"),
-        (["--max_target_length", "-1"], "--max_target_length must be at least 1, got -1"),
+        (["--max_target_length", "-1"], "--max_target_length is -1; it must be at least 1"),
         (["--train_file", "no.jsonl"], r"no\.jsonl does not exist"),
         (["--train_file", ""], "give --train_file or --validation_file"),
         (["--tokenizer", "no_folder"], "no_folder is not a folder"),

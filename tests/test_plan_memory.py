@@ -158,7 +158,7 @@ def test_every_settings_file_has_a_plan_or_a_reason(config, capsys):
         (["--model_name_or_path", "6b", "--max_seq_length", "0"], "--max_seq_length is 0; it must be at least 1"),
         (["--model_name_or_path", "6b", "--save_steps", "0"], "--save_steps is 0; it must be above 0"),
         (["--model_name_or_path", "6b", "--supervised", "-1"], "--supervised is -1; it must be 0 or more"),
-        (["--model_name_or_path", "6b", "--pre_seq_lenn", "8"], "did you mean --pre_seq_len?"),
+        (["--model_name_or_path", "6b", "--pre_seq_lenn", "8"], "did you mean '--pre_seq_len'"),
     ],
 )
 def test_errors(argv, message, capsys):

@@ -73,19 +73,19 @@ def test_only_given_flags_are_returned(argv, expected):
 
 
 def test_flags_without_effect_are_named():
-    given, notices = parse_given(["--overwrite_cache", "--seed", "7"])
+    given, (notice,) = parse_given(["--overwrite_cache", "--seed", "7"])
     assert given == {"seed": 7}
-    assert notices == ["--overwrite_cache has no effect: nothing is cached"]
+    assert notice.startswith("--overwrite_cache has no effect: rows are read anew")
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--pre_seq_length", "8"], "did you mean --pre_seq_len"),
+        (["--pre_seq_length", "8"], "did you mean '--pre_seq_len'"),
         (["--xyzzy"], "--help_all lists every flag"),
         (["--max_steps", "many"], "invalid int value: 'many'"),
         (["--quantization_bit", "5"], "invalid choice: 5"),
-        (["--tokenizer_name", "x"], "the tokenizer is read from --model_name_or_path"),
+        (["--tokenizer_name", "x"], "the tokenizer and the configuration are read from --model_name_or_path"),
         (["missing.json"], "the settings file missing.json does not exist"),
     ],
 )
@@ -152,7 +152,7 @@ def test_a_gpu_turns_on_bf16_and_gradient_checkpointing(monkeypatch):
         ({"model_name_or_path": None}, "--model_name_or_path is missing"),
         ({"output_dir": None}, "--output_dir is missing"),
         ({"train_format": "chat"}, "invalid choice: 'chat'"),
-        ({"max_seq_length": 0}, "--max_seq_length must be at least 1"),
+        ({"max_seq_length": 0}, "--max_seq_length is 0; it must be at least 1"),
         ({"pre_seq_len": 0}, "--pre_seq_len is 0"),
         ({"prefix_projection": True}, "--prefix_projection belongs to P-Tuning v2"),
         ({"quantization_bit": 4}, "--quantization_bit 4 cannot train all parameters"),
