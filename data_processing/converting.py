@@ -11,7 +11,9 @@ from typing import Any, Protocol
 from data_processing.csv_rows import check_input
 from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.common.files import whole_files
-from finetune_chatmodel_demo.conversation.json_files import JSONFile, RecordError, SkipsBadRecords
+from finetune_chatmodel_demo.conversation.json_rows import JSONRows
+from finetune_chatmodel_demo.conversation.records import RecordError
+from finetune_chatmodel_demo.conversation.text_files import SkipsBadRecords
 
 
 class ConvertedRecords(SkipsBadRecords):
@@ -40,7 +42,7 @@ class ConvertedRecords(SkipsBadRecords):
         self.forget_bad()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for located in JSONFile(self.path).values(frozenset(self.required_keys)):
+        for located in JSONRows(self.path, frozenset(self.required_keys)).rows():
             where = f"{self.path} record {located.number} (line {located.line})"
             problem = located.problem or self._missing(located.value)
             found = [(where, RecordError(f"{where}: {problem}"))] if problem else self.convert(located.value, where)

@@ -1,15 +1,14 @@
 """Reads a CSV row by row, with one row in memory, and says exactly what is wrong with a broken one.
 
-What it adds to `csv_files.CSVFile`: stripped cells, ragged rows that stop or are counted, and mistakes as DataErrors.
-Exercised by `python data_processing/data_processing.py`.
+What it adds to `table_rows.TableRows`: stripped cells, and ragged rows that stop or are counted.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
 from finetune_chatmodel_demo.common.errors import UserError
-from finetune_chatmodel_demo.conversation.csv_files import CSVFile
-from finetune_chatmodel_demo.conversation.json_files import SkipsBadRecords
+from finetune_chatmodel_demo.conversation.table_rows import TableRows
+from finetune_chatmodel_demo.conversation.text_files import SkipsBadRecords
 
 
 def check_input(path: str | Path) -> Path:
@@ -41,7 +40,7 @@ class CsvRows(SkipsBadRecords):
         self.path = check_input(path)
         self.on_bad_record = on_bad_record
         self.forget_bad()
-        self._file = CSVFile(self.path)
+        self._file = TableRows(self.path)
         self.encoding = self._file.encoding
         self.columns = [name for name in self._file.header if name]
 
@@ -52,7 +51,7 @@ class CsvRows(SkipsBadRecords):
 
     def __iter__(self) -> Iterator[dict[str, str]]:
         row = None
-        for row in self._file.values():
+        for row in self._file.rows():
             if row.problem is None:
                 yield {name: cell.strip() for name, cell in row.value.items()}
                 continue

@@ -20,11 +20,12 @@ from finetune_chatmodel_demo.conversation import (
     RecordError,
     Rendering,
     build_dataset,
-    json_files,
+    json_rows,
     read_records,
     render_conversation,
     render_input_output,
     render_prompt,
+    text_files,
     tokenizing,
     truncate,
     validate_conversation,
@@ -86,8 +87,8 @@ def test_reading_agrees_with_the_json_module(tmp_path_factory, values, indent, a
         text = "\n".join(json.dumps(value, ensure_ascii=ascii_only, indent=indent) for value in values)
     path.write_text(text, encoding="utf-8", newline="")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_files, "BLOCK_BYTES", block)
-        located = list(json_files.JSONFile(path).values())
+        patch.setattr(json_rows, "BLOCK_CHARACTERS", block)
+        located = list(json_rows.JSONRows(path).rows())
     assert [item.value for item in located] == values
     assert [item.number for item in located] == list(range(1, len(values) + 1))
     lines = text.split("\n")
@@ -96,7 +97,8 @@ def test_reading_agrees_with_the_json_module(tmp_path_factory, values, indent, a
 
 @pytest.mark.parametrize("is_array", [True, False])
 def test_reading_is_lazy(tmp_path, is_array, monkeypatch):
-    monkeypatch.setattr(json_files, "BLOCK_BYTES", 1 << 15)
+    monkeypatch.setattr(json_rows, "BLOCK_CHARACTERS", 1 << 15)
+    monkeypatch.setattr(text_files, "BLOCK_BYTES", 1 << 15)
     path = tmp_path / "data.json"
     lines = [json.dumps(PIKACHU | {"number": number}) for number in range(10_000)]
     path.write_text("[" + ",\n".join(lines) + "]" if is_array else "\n".join(lines), encoding="utf-8")
@@ -123,7 +125,7 @@ def test_a_pass_can_be_repeated(tmp_path):
 def reading_error(tmp_path: Path, text: str | bytes, **options) -> str:
     path = tmp_path / "train.jsonl"
     path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
-    with pytest.raises(RecordError) as caught:
+    with pytest.raises(UserError) as caught:
         list(read_records(path, **options))
     return str(caught.value).replace(str(path), "train.jsonl")
 
@@ -459,7 +461,7 @@ def test_input_output_dataset(tmp_path, strategy, end):
 
 def test_a_dataset_without_targets_is_an_error(tmp_path):
     path = write_jsonl(tmp_path / "x.jsonl", [conversation(message("user", "x"))])
-    with pytest.raises(RecordError, match="holds a target: 1 records were read"):
+    with pytest.raises(UserError, match="holds a target: 1 records were read"):
         build_dataset("multi-turn", path, TOKENIZER, **SETTINGS)
 
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_chatmodel_demo.conversation.formats import convert_row
-from finetune_chatmodel_demo.conversation.json_files import RecordError
 from finetune_chatmodel_demo.conversation.records import (
+    RecordError,
     read_records,
     validate_preference,
     validate_record,

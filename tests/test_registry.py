@@ -8,6 +8,7 @@ from conftest import REPOSITORY
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.conversation.records import STAGE_KINDS
 from finetune_chatmodel_demo.conversation.registry import (
     COLUMN_KEYS,
@@ -15,7 +16,6 @@ from finetune_chatmodel_demo.conversation.registry import (
     TOP_KEYS,
     Columns,
     DatasetEntry,
-    RegistryError,
     Tags,
     check_kind,
     choose_entries,
@@ -40,7 +40,7 @@ def read_one(folder: Path, block: dict) -> DatasetEntry:
 def mistake(folder: Path, block: object) -> str:
     """What reading an entry complains about, behind the place."""
     path = write_registry(folder, {"x": block})
-    with pytest.raises(RegistryError) as caught:
+    with pytest.raises(UserError) as caught:
         read_registry(folder)
     start = f"{path}: data set 'x'"
     assert str(caught.value).startswith(start)
@@ -218,14 +218,14 @@ def test_mistakes_in_an_entry(tmp_path: Path, block: object, message: str):
 )
 def test_mistakes_in_the_file(tmp_path: Path, text: str, message: str):
     path = write_registry(tmp_path, text)
-    with pytest.raises(RegistryError) as caught:
+    with pytest.raises(UserError) as caught:
         read_registry(tmp_path)
     assert str(caught.value) == f"{path}: {message}"
 
 
 def test_json_that_is_none(tmp_path: Path):
     path = write_registry(tmp_path, '{"a": {"file_name": "x"},\n}')
-    with pytest.raises(RegistryError, match=f"^{path} line [12]: not valid JSON: .*; repair it there$"):
+    with pytest.raises(UserError, match=f"^{path} line [12]: not valid JSON: .*; repair it there$"):
         read_registry(tmp_path)
 
 
@@ -242,9 +242,9 @@ def test_keys_of_other_programs_bar_their_entry_alone(tmp_path: Path):
     registry = read_registry(tmp_path)
     check_kind(registry["text"], "multi-turn")
     check_kind(registry["both"], "multi-turn")
-    with pytest.raises(RegistryError, match=r"data set 'pictures': 'columns\.images': ChatGLM3 reads text alone$"):
+    with pytest.raises(UserError, match=r"data set 'pictures': 'columns\.images': ChatGLM3 reads text alone$"):
         check_kind(registry["pictures"], "multi-turn")
-    with pytest.raises(RegistryError, match="'cloud_file_name': cloud storage is not served; download the file"):
+    with pytest.raises(UserError, match="'cloud_file_name': cloud storage is not served; download the file"):
         check_kind(registry["cloud"], "multi-turn")
 
 
@@ -256,15 +256,15 @@ def test_names_of_data_sets(tmp_path: Path):
     registry = read_registry(tmp_path)
     assert [entry.name for entry in choose_entries(registry, " alpaca , pokemon,")] == ["alpaca", "pokemon"]
     assert choose_entries(registry, ["alpaca"]) == [registry["alpaca"]]
-    with pytest.raises(RegistryError) as caught:
+    with pytest.raises(UserError) as caught:
         choose_entries(registry, "alpaca,pokemn")
     assert str(caught.value) == (
         f"{path}: data set 'pokemn' is unknown; did you mean 'pokemon' or 'pokemon_tools'? "
         "(it has pokemon, pokemon_tools, alpaca)"
     )
-    with pytest.raises(RegistryError, match=r"'alpaca' is named twice; to use it more often, set num_samples in "):
+    with pytest.raises(UserError, match=r"'alpaca' is named twice; to use it more often, set num_samples in "):
         choose_entries(registry, "alpaca,alpaca")
-    with pytest.raises(RegistryError, match="no data set is named; use pokemon, pokemon_tools, alpaca"):
+    with pytest.raises(UserError, match="no data set is named; use pokemon, pokemon_tools, alpaca"):
         choose_entries(registry, " ,")
 
 
@@ -273,9 +273,9 @@ def test_folder_of_the_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert find_dataset_dir(None) == OWN
     (tmp_path / "data").mkdir()
     assert find_dataset_dir(None) == OWN
-    with pytest.raises(RegistryError, match=r"--dataset_dir data has no dataset_info\.json .*name the folder of one"):
+    with pytest.raises(UserError, match=r"--dataset_dir data has no dataset_info\.json .*name the folder of one"):
         find_dataset_dir("data")
-    with pytest.raises(RegistryError, match=r"--dataset_dir dat is no folder with a dataset_info\.json"):
+    with pytest.raises(UserError, match=r"--dataset_dir dat is no folder with a dataset_info\.json"):
         read_registry("dat")
     write_registry(tmp_path / "data", "{}")
     assert find_dataset_dir(None) == Path("data")
@@ -320,7 +320,7 @@ def test_stages_that_an_entry_serves(tmp_path: Path):
 )
 def test_a_stage_that_does_not_fit(tmp_path: Path, block: dict, kind: str, message: str):
     entry = read_one(tmp_path, {"file_name": "a", **block})
-    with pytest.raises(RegistryError) as caught:
+    with pytest.raises(UserError) as caught:
         check_kind(entry, kind)
     assert str(caught.value) == f"{tmp_path / 'dataset_info.json'}: data set 'x' {message}"
 

@@ -16,9 +16,9 @@ import pytest
 from conftest import REPOSITORY
 from conversation_helpers import write_jsonl
 
-from finetune_chatmodel_demo.conversation import source_files
-from finetune_chatmodel_demo.conversation.json_files import RecordError
-from finetune_chatmodel_demo.conversation.registry import RegistryError, read_registry
+from finetune_chatmodel_demo.common.errors import UserError
+from finetune_chatmodel_demo.conversation import readers
+from finetune_chatmodel_demo.conversation.registry import read_registry
 from finetune_chatmodel_demo.conversation.sources import DatasetSource, open_dataset
 from finetune_chatmodel_demo.evaluation.question_building import BuildOptions, read_and_build
 
@@ -49,7 +49,7 @@ def places(source: DatasetSource) -> list[str]:
 
 def complaint(folder: Path, /, **keys: Any) -> str:
     """What opening or reading the data set complains about, in one line, behind the registry's name."""
-    with pytest.raises(RecordError) as caught:
+    with pytest.raises(UserError) as caught:
         list(open_one(folder, **keys))
     message = str(caught.value)
     assert "\n" not in message
@@ -70,6 +70,25 @@ def write_csv(path: Path, rows: list[dict], encoding: str = "utf-8") -> Path:
     return path
 
 
+def write_tsv(path: Path, rows: list[dict]) -> Path:
+    text = write_csv(path, rows).read_text(encoding="utf-8")
+    path.write_text(text.replace(",", "\t"), encoding="utf-8")
+    return path
+
+
+def write_semicolons(path: Path, rows: list[dict]) -> Path:
+    text = write_csv(path, rows).read_text(encoding="utf-8")
+    path.write_text(text.replace(",", ";"), encoding="utf-8")
+    return path
+
+
+def write_xlsx(path: Path, rows: list[dict]) -> Path:
+    import pandas
+
+    pandas.DataFrame(rows).to_excel(path, index=False)
+    return path
+
+
 def write_parquet(path: Path, rows: list[dict], **options: Any) -> Path:
     import pyarrow
     import pyarrow.parquet
@@ -78,7 +97,14 @@ def write_parquet(path: Path, rows: list[dict], **options: Any) -> Path:
     return path
 
 
-WRITERS = {"json": write_json, "jsonl": write_jsonl, "csv": write_csv, "parquet": write_parquet}
+WRITERS = {
+    "json": write_json,
+    "jsonl": write_jsonl,
+    "csv": write_csv,
+    "tsv": write_tsv,
+    "xlsx": write_xlsx,
+    "parquet": write_parquet,
+}
 EXPECTED = [(f"问{i}", f"答{i}") for i in range(4)]
 
 
@@ -100,6 +126,8 @@ def test_every_kind_of_file_gives_the_same_records(folder: Path, extension: str)
         ("json", [f"a.json record {i} (line 1)" for i in (1, 2, 3, 4)]),
         ("jsonl", [f"a.jsonl line {i}" for i in (1, 2, 3, 4)]),
         ("csv", [f"a.csv line {i}" for i in (2, 3, 4, 5)]),
+        ("tsv", [f"a.tsv line {i}" for i in (2, 3, 4, 5)]),
+        ("xlsx", [f"a.xlsx row {i}" for i in (2, 3, 4, 5)]),
         ("parquet", [f"a.parquet row {i}" for i in (1, 2, 3, 4)]),
     ],
 )
@@ -112,9 +140,10 @@ def test_places(folder: Path, extension: str, ends: list[str]):
 def test_a_bad_row_is_named_or_counted(folder: Path, extension: str):
     rows = [*ROWS[:2], {**ROWS[2], "output": " "}, ROWS[3]]
     WRITERS[extension](folder / f"a.{extension}", rows)
-    with pytest.raises(RecordError) as caught:
+    with pytest.raises(UserError) as caught:
         list(open_one(folder, file_name=f"a.{extension}"))
-    place = {"json": "record 3 (line 1)", "jsonl": "line 3", "csv": "line 4", "parquet": "row 3"}[extension]
+    places = {"json": "record 3 (line 1)", "jsonl": "line 3", "xlsx": "row 4", "parquet": "row 3"}
+    place = places.get(extension, "line 4")
     message = f"{folder}/a.{extension} {place}: 'output' is empty; a reply needs text"
     assert str(caught.value) == message
     source = open_one(folder, file_name=f"a.{extension}", options={"on_bad_record": "skip"})
@@ -125,10 +154,10 @@ def test_a_bad_row_is_named_or_counted(folder: Path, extension: str):
 def test_only_bad_rows_and_no_rows(folder: Path):
     write_jsonl(folder / "a.jsonl", [{"instruction": "", "output": "a"}])
     source = open_one(folder, file_name="a.jsonl", options={"on_bad_record": "skip"})
-    with pytest.raises(RecordError, match=r"all 1 records of .*a\.jsonl are bad; the first: .*'instruction' is empty"):
+    with pytest.raises(UserError, match=r"all 1 records of .*a\.jsonl are bad; the first: .*'instruction' is empty"):
         list(source)
     (folder / "a.jsonl").write_text("")
-    with pytest.raises(RecordError, match=r"a\.jsonl is empty; expected rows of the data set 'x'"):
+    with pytest.raises(UserError, match=r"a\.jsonl is empty; expected rows of the data set 'x'"):
         list(open_one(folder, file_name="a.jsonl"))
 
 
@@ -140,7 +169,7 @@ def test_a_broken_conversation_is_reported_with_its_index(folder: Path):
         f"{folder}/a.json record 2 (line 14): conversations[2]: expected 'human' or 'observation' at the odd place 3, "
         "got 'gpt'"
     )
-    with pytest.raises(RecordError) as caught:
+    with pytest.raises(UserError) as caught:
         list(open_one(folder, file_name="a.json", formatting="sharegpt"))
     assert str(caught.value) == message
     source = open_one(folder, file_name="a.json", formatting="sharegpt", options={"on_bad_record": "skip"})
@@ -160,7 +189,7 @@ def test_csv_is_read_row_by_row(folder: Path):
     source = open_one(folder, file_name="a.csv")
     records = iter(source)
     assert next(records)["conversations"][0] == {"role": "user", "content": "0"}
-    assert source.reader.file.bytes_read < 100_000 < (folder / "a.csv").stat().st_size
+    assert source.reader.bytes_read < 100_000 < (folder / "a.csv").stat().st_size
     assert sum(1 for _ in records) == 9999
 
 
@@ -189,16 +218,36 @@ def test_csv_cells_that_hold_lists(folder: Path):
     assert asked(open_one(folder, file_name="c.csv", formatting="sharegpt")) == [("问", "答")]
 
 
+def test_semicolons_separate_where_the_header_has_no_comma(folder: Path):
+    write_semicolons(folder / "a.csv", ROWS)
+    assert asked(open_one(folder, file_name="a.csv")) == EXPECTED
+
+
+def test_cells_of_a_workbook_are_text(folder: Path):
+    import openpyxl
+
+    workbook = openpyxl.Workbook()
+    for cells in (["instruction", "output"], ["身高", 0.4], [None, None], ["nan", "NA"]):
+        workbook.active.append(cells)
+    workbook.save(folder / "a.xlsx")
+    source = open_one(folder, file_name="a.xlsx")
+    assert asked(source) == [("身高", "0.4"), ("nan", "NA")]
+    assert places(source) == [f"{folder}/a.xlsx row 2", f"{folder}/a.xlsx row 4"]
+    (folder / "b.xlsx").write_bytes(b"no workbook")
+    assert "b.xlsx cannot be read as an Excel workbook" in complaint(folder, file_name="b.xlsx")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         (
             "instruction,output\na,b\nc\n",
-            "{path} line 3: 1 cells where the header has 2 columns (it starts 'c'); add the missing commas",
+            "{path} line 3: 1 cells where the header has 2 columns (it starts 'c'); add the missing separators",
         ),
         (
             "instruction,output\na,b,c\n",
-            "{path} line 2: 3 cells where the header has 2 columns (it starts 'a,b,c'); quote cells that hold a comma",
+            "{path} line 2: 3 cells where the header has 2 columns (it starts 'a,b,c'); quote cells that hold the "
+            "separator",
         ),
         (
             'instruction,output\n"a,b\n',
@@ -206,7 +255,6 @@ def test_csv_cells_that_hold_lists(folder: Path):
             "not closed, or double the quotes inside a cell",
         ),
         ("a,a\n1,2\n", "{path}: the header names columns twice: {{'a': [1, 2]}}; rename them"),
-        ("instruction;output\na;b\n", "{path}: the header is one cell, 'instruction;output'; save it comma-separated"),
         ("\n\n", "{path} has no header: every line is blank"),
         ("instruction,output\n", "{path} is empty; expected rows of the data set 'x'"),
     ],
@@ -237,11 +285,11 @@ def test_parquet_is_read_in_batches(folder: Path, monkeypatch: pytest.MonkeyPatc
                 yield batch
 
     monkeypatch.setattr(pyarrow.parquet, "ParquetFile", CountingFile)
-    rows = source_files.ParquetRows(folder / "a.parquet").rows()
+    rows = readers.ParquetRows(folder / "a.parquet").rows()
     assert next(rows).value == {"instruction": "0", "output": "a"}
-    assert sizes == [source_files.PARQUET_BATCH_ROWS]
+    assert sizes == [readers.PARQUET_BATCH_ROWS]
     assert sum(1 for _ in rows) == 4999
-    assert max(sizes) == source_files.PARQUET_BATCH_ROWS and sum(sizes) == 5000
+    assert max(sizes) == readers.PARQUET_BATCH_ROWS and sum(sizes) == 5000
 
 
 def test_a_file_that_is_no_parquet(folder: Path):
@@ -272,18 +320,18 @@ def test_a_folder_of_files(folder: Path, caplog: pytest.LogCaptureFixture):
 def test_files_that_are_not_there(folder: Path):
     write_jsonl(folder / "train.jsonl", ROWS)
     (folder / "empty").mkdir()
-    (folder / "a.txt").write_text("a")
+    (folder / "a.pdf").write_text("a")
     assert complaint(folder, file_name="trian.jsonl") == (
         f": file {folder}/trian.jsonl does not exist; did you mean 'train.jsonl'?"
     )
     assert complaint(folder, file_name="no/where.csv") == (
         f": file {folder}/no/where.csv does not exist; file_name counts from the folder of the registry"
     )
-    assert complaint(folder, file_name="a.txt") == (
-        f": {folder}/a.txt is no data file that can be read; use json, jsonl, csv or parquet"
+    assert complaint(folder, file_name="a.pdf") == (
+        f": {folder}/a.pdf is no data file that can be read; use json, jsonl, csv, tsv, xlsx or parquet"
     )
     assert complaint(folder, file_name="empty") == (
-        f": folder {folder}/empty holds no data file; use json, jsonl, csv or parquet"
+        f": folder {folder}/empty holds no data file; use json, jsonl, csv, tsv, xlsx or parquet"
     )
 
 
@@ -639,7 +687,7 @@ def test_own_data_sets(name: str):
 def test_own_data_sets_of_hubs_need_a_network():
     for name, entry in read_registry(OWN).items():
         if entry.origin == "hf_hub":
-            with pytest.raises(RegistryError, match=f"data set '{name}': .* there is no connection to it"):
+            with pytest.raises(UserError, match=f"data set '{name}': .* there is no connection to it"):
                 open_dataset(entry, OWN, "multi-turn")
 
 

@@ -22,9 +22,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wcwidth import wcswidth
 
+from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.conversation import (
     DataArguments,
-    RecordError,
     Rows,
     build_dataset,
     read_records,
@@ -163,7 +163,7 @@ def test_long_pairs_lose_the_oldest_turns_of_the_prompt(tmp_path):
     report = built.train.report
     assert (report.rows_read, report.rows_kept, report.rows_dropped_long) == (3, 2, 1)
     assert (report.rows_cut, report.rows_cut_inside, report.turns_dropped) == (1, 0, 4)
-    with pytest.raises(RecordError, match=r"no row of .* is left: 1 records were read, and in none of them do"):
+    with pytest.raises(UserError, match=r"no row of .* is left: 1 records were read, and in none of them do"):
         build(tmp_path, "rm", [records[1]], max_seq_length=40)
 
 
@@ -564,9 +564,9 @@ def test_flags_that_contradict_each_other(flags, expected):
 
 def test_unknown_names_and_stages(tmp_path):
     folder = write_registry(tmp_path / "r", {"pokemon": alpaca("x", 2)})
-    with pytest.raises(RecordError, match="data set 'pokemn' is unknown; did you mean 'pokemon'"):
+    with pytest.raises(UserError, match="data set 'pokemn' is unknown; did you mean 'pokemon'"):
         build_stage_data(DataArguments(dataset="pokemn", dataset_dir=folder), "sft", TOKENIZER, 0)
-    with pytest.raises(RecordError, match="serves the stages pt, sft, ppo and not rm or dpo: ranking is false"):
+    with pytest.raises(UserError, match="serves the stages pt, sft, ppo and not rm or dpo: ranking is false"):
         build_stage_data(DataArguments(dataset="pokemon", dataset_dir=folder), "dpo", TOKENIZER, 0)
     with pytest.raises(ValueError, match="stage 'kto' is unknown; use pt, sft, ppo, rm, dpo"):
         build_stage_data(DataArguments(dataset="pokemon", dataset_dir=folder), "kto", TOKENIZER, 0)
@@ -576,14 +576,14 @@ def test_unknown_names_and_stages(tmp_path):
 
 def test_an_empty_data_set_is_named(tmp_path):
     folder = write_registry(tmp_path / "r", {"full": alpaca("x", 2), "empty": ({}, [])})
-    with pytest.raises(RecordError, match=r"empty\.jsonl is empty"):
+    with pytest.raises(UserError, match=r"empty\.jsonl is empty"):
         build_stage_data(DataArguments(dataset="full,empty", dataset_dir=folder), "sft", TOKENIZER, 0)
 
 
 def test_files_of_the_other_stages_hold_canonical_records(tmp_path):
-    with pytest.raises(RecordError, match=r"line 1: key 'chosen' is missing|line 1: key 'conversations' is missing"):
+    with pytest.raises(UserError, match=r"line 1: key 'chosen' is missing|line 1: key 'conversations' is missing"):
         build(tmp_path, "dpo", [{"text": "x"}])
-    with pytest.raises(RecordError, match="line 1: key 'text' is missing; found 'conversations'"):
+    with pytest.raises(UserError, match="line 1: key 'text' is missing; found 'conversations'"):
         build(tmp_path, "pt", records_of("sft", 1))
 
 

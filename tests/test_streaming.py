@@ -103,7 +103,7 @@ class CountingSource:
         self.count, self.read = count, 0
 
     def iterate_located(self):
-        from finetune_chatmodel_demo.conversation.json_files import Located
+        from finetune_chatmodel_demo.conversation.text_files import Located
 
         for number in range(1, self.count + 1):
             self.read += 1

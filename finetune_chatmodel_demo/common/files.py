@@ -140,9 +140,9 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's content, in hex."""
-    digest = hashlib.sha256()
+def hash_file(path: Path, algorithm: str = "sha256") -> str:
+    """A file's checksum, in hex."""
+    digest = hashlib.new(algorithm, usedforsecurity=False)
     with path.open("rb") as file:
         while block := file.read(2**22):
             digest.update(block)

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune_chatmodel_demo.conversation.json_files import RecordError, detect_encoding
-from finetune_chatmodel_demo.conversation.records import STAGE_KINDS
+from finetune_chatmodel_demo.common.errors import UserError
+from finetune_chatmodel_demo.conversation.text_files import detect_encoding
+from finetune_chatmodel_demo.conversation.validation import STAGE_KINDS
 
 REGISTRY_NAME = "dataset_info.json"
 FORMATTINGS = ("alpaca", "sharegpt")
@@ -31,10 +32,6 @@ UNSERVED_KEYS = {
     "audios": "ChatGLM3 reads text alone",
     "kto_tag": "there is no KTO stage; use pairs with ranking for rm and dpo",
 }
-
-
-class RegistryError(RecordError):
-    """A registry or one of its entries is not what was expected, or a data set cannot be had."""
 
 
 @dataclass(frozen=True)
@@ -141,12 +138,12 @@ def find_dataset_dir(given: str | Path | None = None) -> Path:
     """The folder that holds the registry: the given one, else ./data, else the one that comes with this project.
 
     Raises:
-        RegistryError: There is no `dataset_info.json` in it.
+        UserError: There is no `dataset_info.json` in it.
     """
     if given is not None:
         if not (Path(given) / REGISTRY_NAME).is_file():
             state = "has no" if Path(given).is_dir() else "is no folder with a"
-            raise RegistryError(
+            raise UserError(
                 f"--dataset_dir {given} {state} {REGISTRY_NAME} (current folder: {Path.cwd()}); name the folder of one"
             )
         return Path(given)
@@ -154,7 +151,7 @@ def find_dataset_dir(given: str | Path | None = None) -> Path:
     for folder in (Path("data"), own):
         if (folder / REGISTRY_NAME).is_file():
             return folder
-    raise RegistryError(
+    raise UserError(
         f"no {REGISTRY_NAME} was found in {Path.cwd() / 'data'} or {own}; name its folder with --dataset_dir"
     )
 
@@ -166,7 +163,7 @@ def read_registry(dataset_dir: str | Path) -> dict[str, DatasetEntry]:
         name → entry, in the order of the file.
 
     Raises:
-        RegistryError: No such file, no valid JSON, an unknown key (with the one that was probably meant), a value of
+        UserError: No such file, no valid JSON, an unknown key (with the one that was probably meant), a value of
             the wrong type, or an entry that does not say where its rows are.
     """
     path = find_dataset_dir(dataset_dir) / REGISTRY_NAME
@@ -174,9 +171,9 @@ def read_registry(dataset_dir: str | Path) -> dict[str, DatasetEntry]:
         text = path.read_text(encoding=detect_encoding(path))
         blocks = json.loads(text, object_pairs_hook=lambda pairs: _refuse_doubles(pairs, path))
     except json.JSONDecodeError as error:
-        raise RegistryError(f"{path} line {error.lineno}: not valid JSON: {error.msg}; repair it there") from None
+        raise UserError(f"{path} line {error.lineno}: not valid JSON: {error.msg}; repair it there") from None
     if not isinstance(blocks, dict):
-        raise RegistryError(f'{path}: expected an object {{"NAME": {{...}}, ...}}, got {describe(blocks)}')
+        raise UserError(f'{path}: expected an object {{"NAME": {{...}}, ...}}, got {describe(blocks)}')
     return {name: _read_entry(name, block, path) for name, block in blocks.items()}
 
 
@@ -184,20 +181,20 @@ def choose_entries(registry: dict[str, DatasetEntry], names: str | Iterable[str]
     """The entries that `--dataset a,b,c` names, in that order.
 
     Raises:
-        RegistryError: A name is unknown (lists close ones), is given twice, or there is none.
+        UserError: A name is unknown (lists close ones), is given twice, or there is none.
     """
     wanted = [name.strip() for name in (names.split(",") if isinstance(names, str) else names)]
     wanted = [name for name in wanted if name]
     if not wanted:
-        raise RegistryError(f"no data set is named; use {', '.join(registry)}")
+        raise UserError(f"no data set is named; use {', '.join(registry)}")
     path = next(iter(registry.values())).registry if registry else "the registry"
     for position, name in enumerate(wanted):
         if name not in registry:
             near = difflib.get_close_matches(name, registry, n=3, cutoff=0.5)
             meant = f"; did you mean {_join_or(near)}?" if near else ""
-            raise RegistryError(f"{path}: data set {name!r} is unknown{meant} (it has {', '.join(registry) or 'none'})")
+            raise UserError(f"{path}: data set {name!r} is unknown{meant} (it has {', '.join(registry) or 'none'})")
         if name in wanted[:position]:
-            raise RegistryError(f"data set {name!r} is named twice; to use it more often, set num_samples in {path}")
+            raise UserError(f"data set {name!r} is named twice; to use it more often, set num_samples in {path}")
     return [registry[name] for name in wanted]
 
 
@@ -205,10 +202,10 @@ def check_kind(entry: DatasetEntry, kind: str) -> None:
     """Checks that an entry can give records of a kind.
 
     Raises:
-        RegistryError: It cannot: says which stages it serves and what would have to be otherwise.
+        UserError: It cannot: says which stages it serves and what would have to be otherwise.
     """
     if entry.unserved:
-        raise RegistryError(f"{entry.where}: {'; '.join(entry.unserved)}")
+        raise UserError(f"{entry.where}: {'; '.join(entry.unserved)}")
     if kind in entry.kinds:
         return
     wanted = [stage for stage, stage_kind in STAGE_KINDS.items() if stage_kind == kind]
@@ -220,7 +217,7 @@ def check_kind(entry: DatasetEntry, kind: str) -> None:
         reason = "ranking is true: its rows are pairs of replies. If they are not, set ranking to false"
     else:
         reason = "formatting is sharegpt. For text, use formatting alpaca and name the text's column in columns.prompt"
-    raise RegistryError(
+    raise UserError(
         f"{entry.where} serves the stages {', '.join(entry.stages)} and not {' or '.join(wanted)}: {reason}"
     )
 
@@ -228,11 +225,11 @@ def check_kind(entry: DatasetEntry, kind: str) -> None:
 def _read_entry(name: str, block: Any, path: Path) -> DatasetEntry:
     where = f"{path}: data set {name!r}"
     if not isinstance(block, dict):
-        raise RegistryError(f"{where}: expected an object, got {describe(block)}")
+        raise UserError(f"{where}: expected an object, got {describe(block)}")
     unserved = [*_check_keys(block, TOP_KEYS, where, "")]
     for part, keys in BLOCKS.items():
         if not isinstance(block.get(part, {}), dict):
-            raise RegistryError(f"{where}: {part!r} must be an object, got {describe(block[part])}")
+            raise UserError(f"{where}: {part!r} must be an object, got {describe(block[part])}")
         unserved += _check_keys(block.get(part, {}), keys, where, part)
     values = {key: _read_value(key, value, where) for key, value in block.items() if key in TOP_KEYS}
     columns, tags = _read_columns(block.get("columns", {}), block.get("tags", {}), where)
@@ -242,7 +239,7 @@ def _read_entry(name: str, block: Any, path: Path) -> DatasetEntry:
         unserved = [text for text in unserved if not text.startswith(UNSERVED_PLACES)]
     entry = DatasetEntry(name=name, registry=path, unserved=tuple(unserved), **values)
     if not has_place and not unserved:
-        raise RegistryError(f"{where} does not say where its rows are; give file_name, script_url or hf_hub_url")
+        raise UserError(f"{where} does not say where its rows are; give file_name, script_url or hf_hub_url")
     return entry
 
 
@@ -262,7 +259,7 @@ def _check_keys(block: dict[str, Any], known: tuple[str, ...], where: str, part:
             hint = f"it belongs {'directly into the entry' if home == 'top' else f'into {home!r}'}"
         else:
             hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(known)}"
-        raise RegistryError(f"{where}: key {place!r} is unknown; {hint}")
+        raise UserError(f"{where}: key {place!r} is unknown; {hint}")
     return unserved
 
 
@@ -272,22 +269,22 @@ def _read_value(key: str, value: Any, where: str) -> Any:
         return None
     if key == "ranking":
         if not isinstance(value, bool):
-            raise RegistryError(f"{where}: 'ranking' must be true or false, got {describe(value)}")
+            raise UserError(f"{where}: 'ranking' must be true or false, got {describe(value)}")
     elif key == "num_samples":
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise RegistryError(f"{where}: 'num_samples' must be a whole number from 1, got {describe(value)}")
+            raise UserError(f"{where}: 'num_samples' must be a whole number from 1, got {describe(value)}")
     elif not isinstance(value, str):
-        raise RegistryError(f"{where}: {key!r} must be a text, got {describe(value)}")
+        raise UserError(f"{where}: {key!r} must be a text, got {describe(value)}")
     elif key == "formatting" and value not in FORMATTINGS:
         near = difflib.get_close_matches(value.lower(), FORMATTINGS, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         if value == "openai":
             hint = ", which with role_tag role, content_tag content, user_tag user … in 'tags' reads such messages"
-        raise RegistryError(f"{where}: formatting {value!r} is unknown; use alpaca or sharegpt{hint}")
+        raise UserError(f"{where}: formatting {value!r} is unknown; use alpaca or sharegpt{hint}")
     elif key == "file_sha1":
         value = value.lower()
         if not re.fullmatch("[0-9a-f]{40}", value):
-            raise RegistryError(f"{where}: 'file_sha1' must be 40 hexadecimal digits, got {describe(value)}")
+            raise UserError(f"{where}: 'file_sha1' must be 40 hexadecimal digits, got {describe(value)}")
     return value
 
 
@@ -299,11 +296,11 @@ def _read_columns(columns: dict[str, Any], tags: dict[str, Any], where: str) -> 
             if not isinstance(value, str | None) or (not value and not is_optional):
                 expected = "a text or null" if is_optional else "a text that is not empty"
                 if key not in UNSERVED_KEYS:
-                    raise RegistryError(f"{where}: '{part}.{key}' must be {expected}, got {describe(value)}")
+                    raise UserError(f"{where}: '{part}.{key}' must be {expected}, got {describe(value)}")
     merged = {key: value for key, value in tags.items() if key in TAG_KEYS}
     for old, new in OLD_TAG_KEYS.items():
         if old in columns and merged.setdefault(new, columns[old]) != columns[old]:
-            raise RegistryError(
+            raise UserError(
                 f"{where}: 'columns.{old}' is {columns[old]!r} and 'tags.{new}' is {tags[new]!r}; they mean the same, "
                 "remove one"
             )
@@ -321,7 +318,7 @@ def _refuse_doubles(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     for name in names:
         if names.count(name) > 1:
-            raise RegistryError(f"{path}: {name!r} stands twice in one object; remove or rename one")
+            raise UserError(f"{path}: {name!r} stands twice in one object; remove or rename one")
     return dict(pairs)
 
 

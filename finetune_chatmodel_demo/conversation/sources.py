@@ -1,22 +1,24 @@
 """From an entry of the registry to its records: `open_dataset` finds the rows, wherever they are, and converts them.
 
-Rows come from a file (`source_files.py`), from a hub (`source_hubs.py`) or from a script (`source_scripts.py`);
-`formats.py` turns each into a canonical record, and `records.py` checks it. Tested by `pytest tests/test_sources.py`.
+Rows come from files (`readers`), from a hub or from a script (`hubs`); `formats` turns each into a canonical record,
+and `validation` checks it.
 """
 
+import difflib
 import itertools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from finetune_chatmodel_demo.common.errors import UserError
+from finetune_chatmodel_demo.common.files import hash_file
 from finetune_chatmodel_demo.conversation.formats import convert_row, needed_columns
-from finetune_chatmodel_demo.conversation.json_files import Located
+from finetune_chatmodel_demo.conversation.hubs import open_hub, open_script
+from finetune_chatmodel_demo.conversation.readers import EXTENSIONS, READERS, FolderRows, open_rows
 from finetune_chatmodel_demo.conversation.records import RecordSource
 from finetune_chatmodel_demo.conversation.registry import DatasetEntry, check_kind
-from finetune_chatmodel_demo.conversation.source_files import RowReader, open_files
-from finetune_chatmodel_demo.conversation.source_hubs import open_hub
-from finetune_chatmodel_demo.conversation.source_scripts import open_script
+from finetune_chatmodel_demo.conversation.text_files import Located, RowReader
 
 # Columns that are None by default: a row that has one of this name would be read without it.
 OPTIONAL_COLUMNS = ("history", "system", "tools", "chosen", "rejected")
@@ -44,7 +46,7 @@ def open_dataset(
         streaming: Read a hub's data set while iterating, without downloading all of it first.
 
     Raises:
-        RegistryError: The entry cannot give records of this kind, or its rows cannot be had.
+        UserError: The entry cannot give records of this kind, or its rows cannot be had.
     """
     check_kind(entry, kind)
     if entry.origin == "file":
@@ -63,8 +65,8 @@ class DatasetSource(RecordSource):
     """
 
     def __init__(self, entry: DatasetEntry, reader: RowReader, kind: str, on_bad_record: str):
-        super().__init__(reader.path, kind, on_bad_record)
-        self.entry, self.reader = entry, reader
+        super().__init__(reader, kind, on_bad_record)
+        self.entry = entry
         self._seen_columns: set[str] = set()
 
     def _iterate(self) -> Iterator[Located]:
@@ -84,16 +86,9 @@ class DatasetSource(RecordSource):
             if given == self.entry.num_samples:
                 return
 
-    def where(self, number: int, line: int) -> str:
-        """Names the place of a row."""
-        return self.reader.where(number, line)
-
     def fingerprint(self) -> str:
         """What the records follow from, beside the file's content."""
         return f"{type(self).__name__} {self.kind} {self.on_bad_record} {type(self.reader).__name__} {self.entry}"
-
-    def _read(self) -> Iterator[Located]:
-        return self.reader.rows()
 
     def _convert(self, row: Any, where: str) -> dict[str, Any]:
         record = convert_row(row, self.entry, self.kind, where)
@@ -116,3 +111,58 @@ class DatasetSource(RecordSource):
             if row.get(name) and name not in self._seen_columns:
                 self._seen_columns.add(name)
                 logger.warning("%s: column %r is not used; %s", where, name, remedy)
+
+
+def open_files(entry: DatasetEntry, dataset_dir: Path, needed: frozenset[str]) -> RowReader:
+    """Opens what `file_name` names, in the registry's folder: a file, or a folder of files.
+
+    Args:
+        entry: The data set.
+        dataset_dir: The registry's folder.
+        needed: Keys that every row has; they tell records of a broken JSON file apart.
+
+    Raises:
+        UserError: There is no such file, its extension is unknown, its SHA-1 is not `file_sha1`, or the entry has
+            a key that only hubs and scripts know.
+    """
+    for key in ("subset", "folder", "split"):
+        if getattr(entry, key) != getattr(DatasetEntry, key):
+            raise UserError(
+                f"{entry.where}: {key!r} is {getattr(entry, key)!r}, but a file has no {key}; remove the key, or give "
+                "hf_hub_url, ms_hub_url or script_url"
+            )
+    path = dataset_dir / (entry.file_name or "")
+    if path.is_dir():
+        return _open_folder(entry, path, needed)
+    if not path.is_file():
+        found = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, found, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else "file_name counts from the folder of the registry"
+        raise UserError(f"{entry.where}: file {path} does not exist; {hint}")
+    if path.suffix.lower() not in READERS:
+        raise UserError(f"{entry.where}: {path} is no data file that can be read; use {EXTENSIONS}")
+    if entry.file_sha1:
+        _check_sha1(entry, path)
+    return open_rows(path, needed)
+
+
+def _open_folder(entry: DatasetEntry, path: Path, needed: frozenset[str]) -> RowReader:
+    if entry.file_sha1:
+        raise UserError(f"{entry.where}: 'file_sha1' is that of one file, but {path} is a folder; remove the key")
+    names = sorted(name for name in path.iterdir() if not name.name.startswith("."))
+    files = [name for name in names if name.is_file() and name.suffix.lower() in READERS]
+    if not files:
+        raise UserError(f"{entry.where}: folder {path} holds no data file; use {EXTENSIONS}")
+    left_out = [name.name for name in names if name not in files]
+    if left_out:
+        logger.warning("%s: not read in %s: %s (no %s file)", entry.where, path, ", ".join(left_out), EXTENSIONS)
+    return FolderRows(path, [open_rows(file, needed) for file in files])
+
+
+def _check_sha1(entry: DatasetEntry, path: Path) -> None:
+    found = hash_file(path, "sha1")
+    if found != entry.file_sha1:
+        raise UserError(
+            f"{entry.where}: the SHA-1 of {path} is {found}, expected {entry.file_sha1} ('file_sha1'); get the file "
+            "anew, or write its sum into the registry"
+        )

@@ -19,12 +19,12 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from finetune_chatmodel_demo.common.errors import UserError
-from finetune_chatmodel_demo.conversation.json_files import Located
 from finetune_chatmodel_demo.conversation.mixing import MixStrategy, mix_streams
 from finetune_chatmodel_demo.conversation.packing import block_capacity, make_block
 from finetune_chatmodel_demo.conversation.records import RecordSource
 from finetune_chatmodel_demo.conversation.render import IGNORED_LABEL, ChatTokenizer, RowSettings
 from finetune_chatmodel_demo.conversation.rows import SEQUENCES, DatasetReport, make_item
+from finetune_chatmodel_demo.conversation.text_files import Located
 
 
 class StreamedRows(IterableDataset):

@@ -29,10 +29,10 @@ from tqdm import tqdm
 
 from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.common.files import hash_file, whole_folder, write_json
-from finetune_chatmodel_demo.conversation.json_files import Located
-from finetune_chatmodel_demo.conversation.records import RecordError, RecordSource, read_records
+from finetune_chatmodel_demo.conversation.records import RecordSource, read_records
 from finetune_chatmodel_demo.conversation.render import ChatTokenizer, RowSettings, TruncationStrategy
 from finetune_chatmodel_demo.conversation.rows import FACTS, PLACE, SEQUENCES, DatasetReport, Rows, make_columns
+from finetune_chatmodel_demo.conversation.text_files import Located
 
 if TYPE_CHECKING:
     import pyarrow
@@ -139,7 +139,7 @@ def build_rows(
         table = Dataset.from_file(str(folder / TABLE))
     report = DatasetReport(**facts["report"] | {"path": str(records.path)})
     if not report.rows_kept:
-        raise RecordError(f"no row of {records.path} {NO_ROW[settings.stage].format(report.rows_read)}")
+        raise UserError(f"no row of {records.path} {NO_ROW[settings.stage].format(report.rows_read)}")
     columns = [table.data.column(name).to_numpy() for name in FACTS]
     return Rows(settings.stage, table, np.stack([*columns, np.zeros_like(columns[0])]), [records], [report])
 

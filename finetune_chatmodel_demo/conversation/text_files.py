@@ -1,0 +1,114 @@
+"""What every reader of data files shares: a row with its place, what is counted as bad, and the encoding of a text."""
+
+import codecs
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from finetune_chatmodel_demo.common.errors import UserError
+
+BLOCK_BYTES = 1 << 20
+MAX_BAD_MESSAGES = 20
+
+
+@dataclass(frozen=True)
+class Located:
+    """One row of a file, or, where `problem` is set, the reason why there is none.
+
+    `number` counts rows from 1, `line` is the line that the row starts in, from 1.
+    """
+
+    number: int
+    line: int
+    value: Any
+    problem: str | None = None
+
+
+class RowReader(Protocol):
+    """What yields the rows of a data set, again and again."""
+
+    path: Path
+
+    def rows(self) -> Iterator[Located]:
+        """Yields the rows, numbered from 1."""
+        ...
+
+    def where(self, number: int, line: int) -> str:
+        """Names the place of a row that was yielded."""
+        ...
+
+
+class SkipsBadRecords:
+    """What a reader counts and goes on after.
+
+    Attributes:
+        bad_count: Bad records since `forget_bad`.
+        bad_messages: What was wrong with the first of them (at most MAX_BAD_MESSAGES).
+    """
+
+    bad_count: int
+    bad_messages: list[str]
+
+    def forget_bad(self) -> None:
+        """Starts to count."""
+        self.bad_count, self.bad_messages = 0, []
+
+    def note_bad(self, message: str) -> None:
+        """Counts one more."""
+        self.bad_count += 1
+        if len(self.bad_messages) < MAX_BAD_MESSAGES:
+            self.bad_messages.append(message)
+
+
+def detect_encoding(path: Path) -> str:
+    """Names the encoding of a text file: by its BOM, else UTF-8 where all of it is, else GB18030 (holds GBK).
+
+    Raises:
+        UserError: The file is mostly UTF-8 with damaged bytes, or neither UTF-8 nor GBK. Says the line.
+    """
+    with open(path, "rb") as file:
+        start = file.read(4)
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    fault = _first_fault(path, "utf-8")
+    if fault is None:
+        return "utf-8-sig"
+    offset, line = fault
+    if _is_mostly_utf8(path, offset):
+        raise UserError(f"{path} line {line}: byte {offset} is not UTF-8, although the text around it is; repair it")
+    fault = _first_fault(path, "gb18030")
+    if fault is None:
+        return "gb18030"
+    raise UserError(
+        f"{path} line {fault[1]}: the file is neither UTF-8 (first fault at byte {offset}) nor GBK (at byte "
+        f"{fault[0]}); save it as UTF-8"
+    )
+
+
+def _first_fault(path: Path, encoding: str) -> tuple[int, int] | None:
+    """(byte offset, line) of the first byte that does not decode, or None."""
+    decoder = codecs.getincrementaldecoder(encoding)()
+    offset, line = 0, 1
+    with open(path, "rb") as file:
+        while True:
+            block = file.read(BLOCK_BYTES)
+            pending = decoder.getstate()[0]
+            try:
+                decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                newlines = (pending + block)[: error.start].count(b"\n")
+                return offset - len(pending) + error.start, line + newlines
+            if not block:
+                return None
+            offset += len(block)
+            line += block.count(b"\n")
+
+
+def _is_mostly_utf8(path: Path, offset: int) -> bool:
+    """Whether more characters around `offset` decode as UTF-8 than fail; of GBK text few do."""
+    with open(path, "rb") as file:
+        file.seek(max(0, offset - BLOCK_BYTES // 2))
+        text = file.read(BLOCK_BYTES).decode("utf-8", errors="replace")
+    faults = text.count("\ufffd")
+    return sum(not character.isascii() for character in text) - faults > faults
