@@ -16,6 +16,7 @@ from finetune_chatmodel_demo.training import checkpoints, prediction
 from finetune_chatmodel_demo.training.stages import sft
 
 PREFIX = "prefix_encoder.safetensors"
+THOROUGH = [pytest.param(method, marks=pytest.mark.thorough) for method in ("freeze", "full")]
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -186,7 +187,10 @@ def test_what_is_written_is_what_a_forward_pass_predicts(model, data):
     assert not prediction.is_reproduced(tokenizer, right[0], [*written[0], 99])
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"bf16": True}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, *(pytest.param({flag: True}, marks=pytest.mark.thorough) for flag in ("gradient_checkpointing", "bf16"))],
+)
 def test_questions_are_logged_and_leave_the_training_alone(options, model, data, validation, tmp_path):
     """Bit-equal weights with and without evaluations; dropout on the prefix while training, and none while asked."""
     common = {"pre_seq_len": 4, "learning_rate": 0.1, "max_steps": 6, "save_steps": 6, **options}
@@ -216,7 +220,9 @@ def test_facts_are_asked(model, data, validation, tmp_path):
         assert f"eval_exact {UNSEEN}" in entry
 
 
-@pytest.mark.parametrize("method", ["lora", "freeze", "full"])
+@pytest.mark.parametrize(
+    "method", ["lora", *(pytest.param(each, marks=pytest.mark.thorough) for each in ("freeze", "full"))]
+)
 def test_every_method_is_asked(method, model, data, validation, tmp_path):
     options = {"finetuning_type": method, "max_steps": 2, "validation_file": validation, "eval_steps": 1}
     assert train(model, data, tmp_path / "o", eval_questions=3, **options) == 0

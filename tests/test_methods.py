@@ -19,6 +19,7 @@ METHODS = {
     "freeze": {"finetuning_type": "freeze", "freeze_trainable_layers": 1, "learning_rate": 1e-2},
     "full": {"finetuning_type": "full", "learning_rate": 1e-2},
 }
+THOROUGH = [pytest.param(method, marks=pytest.mark.thorough) for method in ("freeze", "full")]
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -102,7 +103,7 @@ def test_freeze_chooses_layers_and_modules(model, data, tmp_path):
     [
         ({"freeze_trainable_layers": 3}, "the model has 2 layers: give 1 to 2"),
         ({"freeze_trainable_layers": 0}, "--freeze_trainable_layers is 0"),
-        ({"freeze_trainable_modules": "mpl"}, "no module 'mpl'; did you mean mlp?"),
+        ({"freeze_trainable_modules": "mpl"}, "no module 'mpl'; did you mean 'mlp'?"),
         ({"freeze_extra_modules": "lm_haed"}, "no module 'lm_haed'; did you mean lm_head?"),
     ],
 )
@@ -172,7 +173,9 @@ def test_runs_of_different_methods_are_kept_apart(model, data, tmp_path, capsys)
     assert "is a checkpoint of LoRA, and this run trains some layers (freeze)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", ["lora", "freeze", "full"])
+@pytest.mark.parametrize(
+    "method", ["lora", *(pytest.param(each, marks=pytest.mark.thorough) for each in ("freeze", "full"))]
+)
 def test_the_best_checkpoint_is_put_back(method, model, data, tmp_path, monkeypatch):
     """The largest loss is called the best here, so that it is not the last one."""
     trainers = []
@@ -189,8 +192,7 @@ def test_the_best_checkpoint_is_put_back(method, model, data, tmp_path, monkeypa
         assert torch.equal(trainers[0].model.eval()(input_ids=PROBE).logits, expected)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.thorough)])
 def test_lora_on_a_quantized_base(bits, model, data, tmp_path):
     pytest.importorskip("bitsandbytes")
     options = METHODS["lora"] | {"quantization_bit": bits, "max_steps": 8, "gradient_checkpointing": True}
@@ -204,7 +206,7 @@ def test_lora_on_a_quantized_base(bits, model, data, tmp_path):
 # Streaming
 
 
-@pytest.mark.parametrize("stage", ["pt", "sft"])
+@pytest.mark.parametrize("stage", [pytest.param("pt", marks=pytest.mark.thorough), "sft"])
 def test_rows_are_trained_while_they_are_read_and_a_resumed_run_sees_the_same(stage, model, data, tmp_path):
     file = data
     if stage == "pt":

@@ -43,7 +43,9 @@ def consistent(tmp_path_factory):
     return write(tmp_path_factory.mktemp("data") / "consistent.jsonl", FACTS)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", ["ptuning", *(pytest.param(each, marks=pytest.mark.thorough) for each in METHODS if each != "ptuning")]
+)
 def test_consistent_rows_are_learned_by_heart(method, consistent, tiny_folder, tmp_path, capsys):
     assert check(tiny_folder, consistent, tmp_path / "o", **METHODS[method]) == 0
     printed = capsys.readouterr().out
@@ -133,7 +135,7 @@ def test_an_earlier_run_in_the_output_folder_is_left_alone(consistent, tiny_fold
     assert {path.name for path in (tmp_path / "o").iterdir()} == {"checkpoint-500", "overfit_check.json"}
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("options", [{"bf16": True}, {"gradient_checkpointing": True}, {"packing": True}])
 def test_the_settings_of_the_run_hold(options, consistent, tiny_folder, tmp_path, monkeypatch):
     models, original = [], overfit.overfit

@@ -329,7 +329,6 @@ def test_a_missing_package_stops_the_run_before_loading(model, data, tmp_path, m
     assert not (tmp_path / "o").exists()
 
 
-@pytest.mark.slow
 @needs_packages
 def test_two_processes_share_the_rows(model, data, tmp_path):
     options = {"do_predict": True, "validation_file": data, "max_new_tokens": 6, "train_file": None, "max_steps": None}

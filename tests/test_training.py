@@ -588,7 +588,6 @@ def test_bfloat16_keeps_the_prefix_in_float32(model, data, tmp_path):
 # Killed runs
 
 
-@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_weights(model, data, tmp_path):
     """Killed twice, in the middle of a step and of writing a checkpoint; prefix dropout and row order included."""
     options = {"pre_seq_len": 4, "max_steps": 20, "save_steps": 5, "gradient_accumulation_steps": 2}
@@ -609,8 +608,7 @@ def test_a_killed_run_ends_with_the_same_weights(model, data, tmp_path):
     assert not [path for path in killed.iterdir() if path.name.startswith(files.PARTIAL_PREFIX)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.thorough)])
 def test_a_prefix_in_front_of_a_quantized_base(model, data, tmp_path, bits):
     pytest.importorskip("bitsandbytes")
     assert train(model, data, tmp_path / "o", pre_seq_len=4, quantization_bit=bits, max_steps=8) == 0

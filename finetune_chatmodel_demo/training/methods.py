@@ -1,14 +1,11 @@
 """The four tuning methods: which parameters of a model are trained, how they are saved and loaded again.
 
-    ptuning   a P-Tuning v2 prefix in front of a frozen model        saved: the prefix
-    lora      low-rank adapters in a frozen model                    saved: the adapter
-    freeze    some layers, the rest is frozen                        saved: the model
-    full      all parameters                                         saved: the model
-
-Exercise it with `pytest tests/test_methods.py`.
+ptuning   a P-Tuning v2 prefix in front of a frozen model        saved: the prefix
+lora      low-rank adapters in a frozen model                    saved: the adapter
+freeze    some layers, the rest is frozen                        saved: the model
+full      all parameters                                         saved: the model
 """
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,7 @@ from finetune_chatmodel_demo.chatglm3.lora import without_tuning as without_tuni
 from finetune_chatmodel_demo.chatglm3.prefix import encode_start, start_prefix_as
 from finetune_chatmodel_demo.chatglm3.prefix_files import load_prefix, read_prefix_config, save_prefix
 from finetune_chatmodel_demo.chatglm3.weights import OFFICIAL_PARTS
-from finetune_chatmodel_demo.common.errors import UserError
+from finetune_chatmodel_demo.common.errors import UserError, did_you_mean
 from finetune_chatmodel_demo.training.arguments import (
     FREEZE,
     FULL,
@@ -147,42 +144,31 @@ def _freeze(model: nn.Module, settings: Settings) -> None:
         )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    chosen = list(layers)[-count:] if count > 0 else list(layers)[:-count]
-    parts = None if tuning.freeze_trainable_modules.strip() == "all" else tuning.freeze_trainable_modules
-    for layer in chosen:
-        for module in [layer] if parts is None else _find_parts(layer, parts, "--freeze_trainable_modules"):
-            module.requires_grad_(True)
-    outside = _Outside(model)
-    for module in _find_parts(outside, tuning.freeze_extra_modules or "", "--freeze_extra_modules"):
+    trained: list[nn.Module] = [model.score] if hasattr(model, "score") else []
+    for layer in list(layers)[-count:] if count > 0 else list(layers)[:-count]:
+        if tuning.freeze_trainable_modules.strip() == "all":
+            trained.append(layer)
+        else:
+            parts = dict(layer.named_modules())
+            trained += _find_parts(parts, tuning.freeze_trainable_modules, "--freeze_trainable_modules")
+    outside = {
+        name: module
+        for name, module in model.named_modules()
+        if ".layers" not in name and any(True for _ in module.parameters(recurse=False))
+    }
+    for module in trained + _find_parts(outside, tuning.freeze_extra_modules or "", "--freeze_extra_modules"):
         module.requires_grad_(True)
-    if hasattr(model, "score"):
-        model.score.requires_grad_(True)
 
 
-class _Outside:
-    """What a model has beside its layers, in the form that `_find_parts` asks for."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.modules_by_name = {
-            name: module
-            for name, module in model.named_modules()
-            if name and ".layers" not in name and any(True for _ in module.parameters(recurse=False))
-        }
-
-    def named_modules(self) -> list[tuple[str, nn.Module]]:
-        return list(self.modules_by_name.items())
-
-
-def _find_parts(owner: Any, names: str, flag: str) -> list[nn.Module]:
-    """The modules of `owner` that are named in a,b,c; the original code's names count too."""
-    known: dict[str, nn.Module] = {name.rpartition(".")[2]: part for name, part in owner.named_modules() if name}
+def _find_parts(modules: dict[str, nn.Module], names: str, flag: str) -> list[nn.Module]:
+    """The modules that are named in a,b,c; the original code's names count too."""
+    known = {name.rpartition(".")[2]: module for name, module in modules.items() if name}
     found = []
     for name in filter(None, (part.strip() for part in names.split(","))):
         parts = [name] if name in known else OFFICIAL_PARTS.get(name, ())
         if not parts or any(part not in known for part in parts):
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(known))}"
-            raise UserError(f"{flag}: there is no module {name!r}; {hint}")
+            hint = did_you_mean(name, known, 0.6) or f"; there are {', '.join(sorted(known))}"
+            raise UserError(f"{flag}: there is no module {name!r}{hint}")
         found += [known[part] for part in parts]
     return found
 
