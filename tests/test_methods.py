@@ -104,7 +104,7 @@ def test_freeze_chooses_layers_and_modules(model, data, tmp_path):
         ({"freeze_trainable_layers": 3}, "the model has 2 layers: give 1 to 2"),
         ({"freeze_trainable_layers": 0}, "--freeze_trainable_layers is 0"),
         ({"freeze_trainable_modules": "mpl"}, "no module 'mpl'; did you mean 'mlp'?"),
-        ({"freeze_extra_modules": "lm_haed"}, "no module 'lm_haed'; did you mean lm_head?"),
+        ({"freeze_extra_modules": "lm_haed"}, "no module 'lm_haed'; did you mean 'lm_head'?"),
     ],
 )
 def test_freeze_explains_what_does_not_exist(options, message, model, data, tmp_path, capsys):
