@@ -11,19 +11,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # run as a script: find the packages beside this folder
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the rooms are packages; this folder's own names are not
 
+from finetune_chatmodel_demo.common.cli import EXIT_NO, run_program
+from finetune_chatmodel_demo.common.files import format_size
 from THUDM.download_files import (
     CHECKSUM_FILE,
+    FAIL,
     HUB_RECORDS,
+    NOTE,
+    OK,
     Recorded,
+    Report,
     file_digest,
     find_damaged_record,
     find_recorded,
+    is_present,
     read_checksums,
 )
-from THUDM.download_report import FAIL, NOTE, OK, Report, format_size, is_present
 from THUDM.download_weights import check_weights
 
 HERE = Path(__file__).resolve().parent
@@ -49,7 +55,7 @@ def check_folder(folder: Path, *, checksums: Path | None = None, is_quick: bool 
         is_quick: compare no hashes.
 
     Raises:
-        ValueError: `checksums` cannot be read as such a list.
+        UserError: `checksums` cannot be read as such a list.
     """
     report = Report(folder)
     if not folder.is_dir():
@@ -189,16 +195,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Check and print; returns 0 when the folder can be used, 1 when it cannot, 2 when that was impossible to tell."""
+    """Check and print; returns 0 when the folder can be used, 1 when it cannot."""
     arguments = build_parser().parse_args(argv)
-    try:
-        report = check_folder(arguments.folder, checksums=arguments.sha256, is_quick=arguments.quick)
-    except ImportError as error:
-        print(f"error: {error}; first: pip install -r requirements.txt -c constraints.txt", file=sys.stderr)
-        return 2
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    report = check_folder(arguments.folder, checksums=arguments.sha256, is_quick=arguments.quick)
     if arguments.json:
         print(json.dumps(report.to_json(), ensure_ascii=False, indent=2))
     else:
@@ -206,8 +205,8 @@ def main(argv: list[str] | None = None) -> int:
         for finding in report.findings:
             print(f"[{marks[finding.status]}] {finding.subject}: {finding.message}")
         print(f"verdict: {report.verdict}")
-    return 0 if report.is_usable else 1
+    return 0 if report.is_usable else EXIT_NO
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

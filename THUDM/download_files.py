@@ -1,27 +1,28 @@
-"""What a downloaded file says about itself, and what the download client has recorded about it.
+"""What a downloaded file says about itself, what the download client has recorded about it, and the report on both.
 
 Used by check_download.py. Reads headers and tables of contents only, never weights; `file_digest` alone reads whole
 files. Nothing is unpickled but by torch with `weights_only=True`, onto the meta device.
 """
 
 import hashlib
-import json
 import math
 import re
-import struct
 import subprocess
 import zipfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
+from finetune_chatmodel_demo.common.errors import UserError
+from finetune_chatmodel_demo.common.files import format_size, hash_file
+
+OK, NOTE, FAIL = "ok", "note", "fail"
 LFS_POINTER_START = b"version https://git-lfs.github.com/spec/"
 LARGEST_POINTER = 1024
 HUB_RECORDS = Path(".cache") / "huggingface" / "download"
 CHECKSUM_FILE = "SHA256SUMS"
-LARGEST_HEADER = 100_000_000  # the safetensors format's own limit
-DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-CHUNK = 16 * 2**20
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SHA1 = re.compile(r"[0-9a-f]{40}")
@@ -83,52 +84,22 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The header of a safetensors file, checked against itself and against the length of the file.
-
-    The format: 8 bytes with the header's length, the header as JSON, then the data without holes.
+    """The header of a safetensors file; the library checks it against itself and the length of the file.
 
     Raises:
-        DamagedFileError: any of that does not hold.
+        DamagedFileError: the file is not whole.
     """
-    file_size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= length <= LARGEST_HEADER:
-            raise DamagedFileError(f"it does not start like a safetensors file (header of {length} bytes)")
-        if 8 + length > file_size:
-            raise DamagedFileError(f"it is cut off in its header: {file_size:,} of at least {8 + length:,} bytes")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise DamagedFileError(f"its header is no JSON ({error})") from error
     try:
-        tensors = _read_entries(header)
-    except DamagedFileError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DamagedFileError(f"its header is not that of a safetensors file ({error!r})") from error
-    end = sum(tensor.size for tensor in tensors.values())
-    if file_size != 8 + length + end:
-        what = "cut off" if file_size < 8 + length + end else "too long"
-        raise DamagedFileError(f"it is {what}: {file_size:,} bytes, its header promises {8 + length + end:,}")
-    return tensors
+        with safe_open(path, framework="numpy") as file:
+            entries = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            return {name: _describe(entry.get_shape(), entry.get_dtype()) for name, entry in entries.items()}
+    except SafetensorError as error:
+        raise DamagedFileError(f"it is cut off or damaged: {path.stat().st_size:,} bytes, {error}") from error
 
 
-def _read_entries(header: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a safetensors header, in the order of the data, which has no holes."""
-    header.pop("__metadata__", None)
-    tensors: dict[str, Tensor] = {}
-    end = 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        begin, stop = entry["data_offsets"]
-        shape = tuple(entry["shape"])
-        width = DTYPE_BYTES.get(entry["dtype"])
-        if begin != end or (width is not None and stop - begin != width * math.prod(shape)):
-            raise DamagedFileError(f"its header contradicts itself at {name}")
-        end = stop
-        tensors[name] = Tensor(shape, stop - begin)
-    return tensors
+def _describe(shape: list[int], dtype: str) -> Tensor:
+    bits = int(re.sub(r"\D.*", "", dtype.lstrip("BFIUOL")) or 8)  # F16, BF16, I64, F8_E4M3, BOOL
+    return Tensor(tuple(shape), math.prod(shape) * bits // 8)
 
 
 def read_torch_archive(path: Path) -> dict[str, Tensor]:
@@ -168,20 +139,17 @@ def find_damaged_record(path: Path) -> str | None:
 
 def file_digest(path: Path, algorithm: str) -> str:
     """The sha256 of a file, or the name that git gives it ("git")."""
-    digest = hashlib.sha256() if algorithm == "sha256" else hashlib.sha1(usedforsecurity=False)
-    if algorithm == "git":
-        digest.update(b"blob %d\0" % path.stat().st_size)
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+    if algorithm == "sha256":
+        return hash_file(path)
+    content = path.read_bytes()  # git itself holds small files only
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def read_checksums(path: Path) -> dict[str, Recorded]:
     """A list as `sha256sum` writes it: file name → sha256.
 
     Raises:
-        ValueError: a line is something else.
+        UserError: a line is something else.
     """
     recorded = {}
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
@@ -190,7 +158,7 @@ def read_checksums(path: Path) -> dict[str, Recorded]:
         digest, _, name = line.strip().partition(" ")
         name = name.strip().removeprefix("*").removeprefix("./")
         if not _SHA256.fullmatch(digest.lower()) or not name:
-            raise ValueError(f"{path} line {number}: expected a sha256 and a file name, got {line[:80]!r}")
+            raise UserError(f"{path} line {number}: expected a sha256 and a file name, got {line[:80]!r}")
         recorded[name] = Recorded("sha256", digest.lower(), None, path.name)
     return recorded
 
@@ -238,3 +206,56 @@ def _from_git(path: Path) -> Recorded | None:
     except (OSError, subprocess.CalledProcessError, ValueError):
         return None
     return Recorded("git", name, int(size.stdout), "git's commit")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    status: str
+    subject: str
+    message: str
+
+
+@dataclass
+class Report:
+    """What was found in a folder."""
+
+    folder: Path
+    findings: list[Finding] = field(default_factory=list)
+
+    def add(self, status: str, subject: str, message: str) -> None:
+        """Adds one line."""
+        self.findings.append(Finding(status, subject, message))
+
+    @property
+    def is_usable(self) -> bool:
+        return not any(finding.status == FAIL for finding in self.findings)
+
+    @property
+    def verdict(self) -> str:
+        problems = sum(finding.status == FAIL for finding in self.findings)
+        if not problems:
+            return f"{self.folder} is complete and can be used"
+        return f"{self.folder} cannot be used: {problems} problem{'s' * (problems > 1)}, marked FAIL above"
+
+    def to_json(self) -> dict[str, Any]:
+        """The report for programs; `checks` in the order of the lines."""
+        checks = [asdict(finding) for finding in self.findings]
+        return {"folder": str(self.folder), "ok": self.is_usable, "verdict": self.verdict, "checks": checks}
+
+
+def is_present(path: Path, report: Report) -> bool:
+    """Is the file itself there, and not only its git-lfs pointer?"""
+    if not path.is_file():
+        report.add(FAIL, path.name, "missing; start the download again, clients continue where they stopped")
+        return False
+    if (pointer := read_pointer(path)) is not None:
+        size = f" (the file has {format_size(pointer.size)})" if pointer.size else ""
+        report.add(
+            FAIL,
+            path.name,
+            f"only its git-lfs pointer is here{size}: run `git lfs install`, then `git lfs pull` in {path.parent}",
+        )
+        return False
+    return True

@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from THUDM.download_files import DamagedFileError, Tensor, read_weights
-from THUDM.download_report import FAIL, NOTE, OK, Report, format_size, is_present
+from finetune_chatmodel_demo.common.files import format_size
+from THUDM.download_files import FAIL, NOTE, OK, DamagedFileError, Report, Tensor, is_present, read_weights
 
 # In the order in which transformers looks for them.
 WEIGHTS = (

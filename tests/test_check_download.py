@@ -16,8 +16,7 @@ from safetensors.torch import save_file
 
 from THUDM import check_download
 from THUDM.check_download import check_folder
-from THUDM.download_files import file_digest, find_recorded, read_checksums, read_pointer
-from THUDM.download_report import FAIL, NOTE, OK, Report, format_size
+from THUDM.download_files import FAIL, NOTE, OK, Report, file_digest, find_recorded, read_checksums, read_pointer
 
 BIN = "pytorch_model-0000{}-of-00002.bin"
 SAFE = "model-0000{}-of-00002.safetensors"
@@ -230,26 +229,19 @@ def test_a_changed_byte_in_a_bin_file_is_found_by_its_own_checksum(download: Pat
     assert message.startswith("damaged at ")
 
 
-@pytest.mark.parametrize(
-    ("size", "message"),
-    [
-        (4, "does not start like a safetensors file"),
-        (300, "cut off in its header"),
-        (300_000, "it is cut off: 300,000"),
-    ],
-)
-def test_a_safetensors_shard_that_is_cut_off(size: int, message: str, safetensors_download: Path):
+@pytest.mark.parametrize("size", [4, 300, 300_000])
+def test_a_safetensors_shard_that_is_cut_off(size: int, safetensors_download: Path):
     cut(safetensors_download / SAFE.format(2), size)
     ((subject, text),) = failures(check_folder(safetensors_download))
     assert subject == SAFE.format(2)
-    assert message in text
+    assert f"cut off or damaged: {size:,} bytes" in text and "download it again" in text
 
 
 def test_a_safetensors_shard_with_something_behind_it(safetensors_download: Path):
     with (safetensors_download / SAFE.format(1)).open("ab") as file:
         file.write(b"\0")
-    ((_, message),) = failures(check_folder(safetensors_download))
-    assert "it is too long" in message
+    ((subject, message),) = failures(check_folder(safetensors_download))
+    assert subject == SAFE.format(1) and "damaged" in message
 
 
 def test_the_other_format_is_pointed_at(download: Path, whole_safetensors: Path):
@@ -382,8 +374,8 @@ def test_the_exit_code_and_the_json(download: Path, capsys: pytest.CaptureFixtur
     printed = capsys.readouterr().out
     assert f"[ FAIL ] {BIN.format(2)}: missing" in printed
     assert printed.splitlines()[-1] == f"verdict: {download} cannot be used: 1 problem, marked FAIL above"
-    assert check_download.main([str(download), "--sha256", str(download / "nowhere")]) == 2
-    assert "nowhere" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        check_download.main([str(download), "--sha256", str(download / "nowhere")])
 
 
 def test_as_a_program_from_another_folder(download: Path, tmp_path: Path):
@@ -397,8 +389,3 @@ def test_as_a_program_from_another_folder(download: Path, tmp_path: Path):
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "verdict: bin is complete and can be used"
-
-
-@pytest.mark.parametrize(("size", "text"), [(999, "999 bytes"), (12_487_168_064, "12.5 GB"), (2_500_000, "2.5 MB")])
-def test_sizes_for_people(size: int, text: str):
-    assert format_size(size) == text
