@@ -62,7 +62,7 @@ def _run(given: dict[str, Any], notices: list[str]) -> int:
     from finetune_chatmodel_demo.training.workflow import run_finetuning
 
     if given.get("replay"):
-        return _replay(str(given["replay"]))
+        return _replay(given)
     settings = decide_settings(given, notices)
     if settings.run.overfit_check is not None:
         from finetune_chatmodel_demo.training.overfit import run_overfit_check
@@ -76,11 +76,11 @@ def _run(given: dict[str, Any], notices: list[str]) -> int:
     return 0
 
 
-def _replay(manifest: str) -> int:
+def _replay(given: dict[str, Any]) -> int:
     from finetune_chatmodel_demo.training.manifest import replay
 
-    differences = replay(manifest)
-    print("\n".join(differences) if differences else f"{manifest}: the first steps are identical")
+    differences = replay(given["replay"], given)
+    print("\n".join(differences) if differences else f"{given['replay']}: the first steps are identical")
     return EXIT_NO if differences else 0
 
 

@@ -17,8 +17,9 @@ from training_helpers import flags, losses, train
 
 from finetune_chatmodel_demo import finetune
 from finetune_chatmodel_demo.common import files
-from finetune_chatmodel_demo.training import checkpoints, trainer
+from finetune_chatmodel_demo.training import checkpoints, manifest, trainer
 from finetune_chatmodel_demo.training.manifest import RUN_MANIFEST
+from finetune_chatmodel_demo.training.stages import ppo
 
 STEPS, SAVE_STEPS = 120, 10
 
@@ -233,3 +234,93 @@ def test_a_missing_manifest_is_explained(tmp_path, capsys):
     path.write_text("{}")
     assert finetune.main(["--replay", str(path)]) == 2
     assert "no manifest of a run can be read there" in capsys.readouterr().err
+
+
+def test_a_large_file_is_told_by_size_and_time(finished, data, tmp_path, monkeypatch, capsys):
+    """Hashing it would keep a start waiting; a hash that is there is compared all the same."""
+    monkeypatch.setattr(manifest, "HASHED_BYTES", 100)
+    copy = tmp_path / "train.jsonl"
+    shutil.copy(data, copy)
+    (found,) = manifest._describe_files([copy])
+    assert found == {"path": str(copy), "bytes": copy.stat().st_size, "modified": copy.stat().st_mtime_ns}
+    os.utime(copy, ns=(0, 0))
+    assert manifest._differ(found, manifest._describe_files([copy])[0])
+    assert finetune.main(["--replay", str(finished)]) == 0
+
+
+def test_a_replay_of_ppo_compares_the_prompts_of_its_rollouts(model, data, tmp_path, monkeypatch, capsys):
+    rewards = tmp_path / "rewards.py"
+    rewards.write_text("def length(prompts, replies):\n    return [len(reply) for reply in replies]\n")
+    options = {"stage": "ppo", "finetuning_type": "lora", "reward_function": f"{rewards}:length", "train_format": None}
+    options |= {"max_new_tokens": 2, "ppo_epochs": 1, "ppo_buffer_size": 2, "max_steps": 6, "plot_loss": False}
+    seen = []
+    collect = ppo.Collector.collect
+
+    def collecting(self, prompts, rows):
+        seen.append(prompts)
+        return collect(self, prompts, rows)
+
+    monkeypatch.setattr(ppo.Collector, "collect", collecting)
+    assert train(model, data, tmp_path / "o", **options) == 0
+    assert [len(prompts) for prompts in seen] == [4, 4, 4]
+    hashed = []
+    monkeypatch.setattr(manifest.json, "dumps", lambda rows: hashed.append([row["input_ids"] for row in rows]) or "")
+    assert finetune.main(["--replay", str(tmp_path / "o")]) == 1  # no hash is right now
+    monkeypatch.undo()
+    assert hashed[:3] == seen
+    assert finetune.main(["--replay", str(tmp_path / "o")]) == 0
+
+
+def test_a_replay_takes_no_consent_from_the_manifest(finished, tmp_path, capsys):
+    (tmp_path / "rows").mkdir()
+    ran = tmp_path / "ran"
+    (tmp_path / "rows" / "rows.py").write_text(f"open({str(ran)!r}, 'w')\n", encoding="utf-8")
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"x": {"script_url": "rows"}}), encoding="utf-8")
+    written = json.loads((finished / RUN_MANIFEST).read_text(encoding="utf-8"))
+    del written["options"]["train_file"]
+    written["options"] |= {"dataset_dir": str(tmp_path), "dataset": "x", "allow_dataset_scripts": True}
+    (tmp_path / "m.json").write_text(json.dumps(written), encoding="utf-8")
+    assert finetune.main(["--replay", str(tmp_path / "m.json")]) == 2
+    assert "--allow_dataset_scripts" in capsys.readouterr().err
+    assert not ran.exists()
+    finetune.main(["--replay", str(tmp_path / "m.json"), "--allow_dataset_scripts", "True"])
+    assert ran.exists()
+
+
+# A run that is at its end
+
+
+def test_a_finished_run_with_other_content_is_refused(finished, model, data, tmp_path, capsys):
+    """As scripts start it, with --resume_from_checkpoint True: nothing would be trained, and the old result stay."""
+    again = {"max_steps": 10, "gradient_accumulation_steps": 2, "resume_from_checkpoint": True}
+    other = tmp_path / "other.jsonl"
+    other.write_text(data.read_text(encoding="utf-8").replace("皮卡丘", "雷丘"), encoding="utf-8")
+    moved = tmp_path / "moved.jsonl"
+    shutil.copy(data, moved)
+    base = tmp_path / "base"
+    shutil.copytree(model, base)
+    before = weights(finished), (finished / RUN_MANIFEST).read_bytes()
+    for files_of_run, options, fact in (
+        ((model, other), {}, f"data: was {data} "),
+        ((base, data), {}, f"--model_name_or_path was {model.resolve()}, is {base}"),
+        ((model, data), {"max_seq_length": 50}, "--max_seq_length was None, is 50"),
+        ((model, data), {"prefix_dropout": 0.5}, "--prefix_dropout was None, is 0.5"),
+    ):
+        assert train(*files_of_run, finished, pre_seq_len=4, **again, **options) == 2
+        error = capsys.readouterr().err
+        assert fact in error and str(finished) in error and "--overwrite_output_dir" in error
+    assert torch.equal(weights(finished), before[0]) and (finished / RUN_MANIFEST).read_bytes() == before[1]
+    for same in (data, moved):
+        assert train(model, same, finished, pre_seq_len=4, **again) == 0
+        assert "finished" in capsys.readouterr().out
+
+
+def test_settings_are_not_written_through_a_link(model, data, tmp_path):
+    elsewhere = tmp_path / "elsewhere.json"
+    elsewhere.write_text("mine")
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o" / "settings.json").symlink_to(elsewhere)
+    (tmp_path / "o" / RUN_MANIFEST).symlink_to(elsewhere)
+    assert train(model, data, tmp_path / "o", pre_seq_len=4, max_steps=1) == 0
+    assert elsewhere.read_text() == "mine"
+    assert json.loads((tmp_path / "o" / "settings.json").read_text(encoding="utf-8"))["max_steps"] == 1

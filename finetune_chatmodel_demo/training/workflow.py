@@ -1,15 +1,13 @@
 """A fine-tuning run from its settings to its result."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
-from transformers import set_seed
+from transformers import TrainerState, set_seed
 
 from finetune_chatmodel_demo.common.errors import UserError
-from finetune_chatmodel_demo.common.files import remove_leftovers
-from finetune_chatmodel_demo.conversation.records import RecordError
+from finetune_chatmodel_demo.common.files import remove_leftovers, write_json
 from finetune_chatmodel_demo.conversation.stage_data import StageData, build_stage_data
 from finetune_chatmodel_demo.training.base_model import load_base_tokenizer
 from finetune_chatmodel_demo.training.callbacks import RunStopped, StopOnSignal, stopped_early
@@ -18,7 +16,7 @@ from finetune_chatmodel_demo.training.checkpoints import (
     read_manifest,
     remove_checkpoint,
 )
-from finetune_chatmodel_demo.training.manifest import write_run_manifest
+from finetune_chatmodel_demo.training.manifest import RUN_MANIFEST, describe_run, find_other_content, read_run_manifest
 from finetune_chatmodel_demo.training.methods import prepare_model
 from finetune_chatmodel_demo.training.report import count_steps, describe_start, sanity_check
 from finetune_chatmodel_demo.training.results import (
@@ -69,14 +67,16 @@ def run_finetuning(settings: Settings) -> RunTrainer | None:
     trainer.add_callback(stop)
     if args.should_log:
         _print_start(settings, trainer, tokenizer, data)
+    at_end = _find_end(settings, trainer) if settings.does_train else None
     if args.should_save:
-        _prepare_output(settings)
-        if settings.does_train:
-            write_run_manifest(settings, data.train)
+        manifest = describe_run(settings, data.train) if settings.does_train else None
+        if at_end is not None:
+            _check_same_run(settings, manifest)
+        _prepare_output(settings, manifest)
     # Read now: --save_total_limit may remove that checkpoint before the end.
     resumed = read_manifest(settings.checkpoint)["step"] if settings.checkpoint else 0
     if settings.does_train:
-        _train(settings, trainer)
+        _train(settings, trainer, at_end)
         if stop.stopped_after is not None:
             raise RunStopped(f"stopped by SIGTERM after step {stop.stopped_after}, with a checkpoint")
     if data.validation is not None and settings.does_evaluate and not _was_evaluated(trainer):
@@ -93,14 +93,11 @@ def run_finetuning(settings: Settings) -> RunTrainer | None:
 
 
 def _read_data(settings: Settings, tokenizer: Any) -> StageData:
-    stage, args = settings.stage.stage, settings.training
-    try:
-        with args.main_process_first(desc="tokenizing"):  # the others read what it has kept (--tokenized_cache)
-            return build_stage_data(settings.data, stage, tokenizer, args.seed, needs_train=settings.does_train)
-    except RecordError:
-        raise
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    args = settings.training
+    with args.main_process_first(desc="tokenizing"):  # the others read what it has kept (--tokenized_cache)
+        return build_stage_data(
+            settings.data, settings.stage.stage, tokenizer, args.seed, needs_train=settings.does_train
+        )
 
 
 def trainer_class(stage: str) -> type[RunTrainer]:
@@ -157,7 +154,33 @@ def _changes_since(settings: Settings, trainer: RunTrainer) -> list[str]:
     return [f"{settings.checkpoint.name} was written by a run with other settings: {'; '.join(changes)}"]
 
 
-def _prepare_output(settings: Settings) -> None:
+def _find_end(settings: Settings, trainer: RunTrainer) -> TrainerState | None:
+    """The state of a checkpoint that is the end of the run: of its steps, or of the patience."""
+    if settings.checkpoint is None:
+        return None
+    state = TrainerState.load_from_json(str(settings.checkpoint / "trainer_state.json"))
+    return state if state.global_step >= count_steps(trainer) or stopped_early(state, settings.run) else None
+
+
+def _check_same_run(settings: Settings, manifest: dict[str, Any]) -> None:
+    """A run that is at its end trains nothing more; what would be trained anew must not pass for what was.
+
+    Raises:
+        UserError: data, model or method are others than those of the result in --output_dir.
+    """
+    folder = Path(settings.training.output_dir)
+    if not (folder / RUN_MANIFEST).is_file():
+        return
+    changes = find_other_content(read_run_manifest(folder), manifest)
+    if changes:
+        raise UserError(
+            f"--output_dir {folder} holds a finished run, of which no step is left, with other content: "
+            f"{'; '.join(changes)}. Choose another --output_dir (OUTPUT_DIR of the scripts), start anew with "
+            "--overwrite_output_dir, or train on with more --max_steps"
+        )
+
+
+def _prepare_output(settings: Settings, manifest: dict[str, Any] | None) -> None:
     """Keeps the settings beside the result, and removes the checkpoints of a run that is started anew."""
     folder = Path(settings.training.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -166,27 +189,26 @@ def _prepare_output(settings: Settings) -> None:
         for checkpoint in list_checkpoints(folder):
             remove_checkpoint(checkpoint)
         remove_results(folder)
-    if not settings.does_train and (folder / SETTINGS_FILE).is_file():
-        return  # those of the training whose result is looked at
-    text = json.dumps(settings.given, ensure_ascii=False, indent=1, default=str)
-    (folder / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
+    if settings.does_train or not (folder / SETTINGS_FILE).is_file():  # else: of the training that is looked at
+        write_json(folder / SETTINGS_FILE, settings.given)
+    if manifest is not None:
+        write_json(folder / RUN_MANIFEST, manifest)
 
 
-def _train(settings: Settings, trainer: RunTrainer) -> None:
+def _train(settings: Settings, trainer: RunTrainer, at_end: TrainerState | None) -> None:
     checkpoint = settings.checkpoint
     if checkpoint is None:
         trainer.train()
         return
-    state = trainer.state.load_from_json(str(checkpoint / "trainer_state.json"))
-    if state.global_step >= count_steps(trainer) or stopped_early(state, settings.run):
+    if at_end is not None:
         # Trainer would make one more step, so that a restart loop would never come to rest.
         logger.info(
             "%s is the end of the run already: no step is left (%s adds some, --overwrite_output_dir starts anew)",
             checkpoint,
-            "--early_stopping_patience" if stopped_early(state, settings.run) else "--max_steps",
+            "--early_stopping_patience" if stopped_early(at_end, settings.run) else "--max_steps",
         )
-        trainer.state = state
-        if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
+        trainer.state = at_end
+        if trainer.args.load_best_model_at_end and at_end.best_model_checkpoint:
             trainer._load_best_model()
         return
     before = read_manifest(checkpoint).get("run", {}).get("processes", trainer.args.world_size)
