@@ -1,6 +1,7 @@
 """Runs that survive: SIGTERM, SIGKILL at random moments, full disks; and run_manifest.json with --replay."""
 
 import errno
+import itertools
 import json
 import multiprocessing
 import os
@@ -13,10 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_helpers import flags, losses, train
+from training_helpers import decide, flags, losses, train
 
 from finetune_chatmodel_demo import finetune
+from finetune_chatmodel_demo.chatglm3 import load_tokenizer
 from finetune_chatmodel_demo.common import files
+from finetune_chatmodel_demo.conversation.stage_data import build_stage_data
 from finetune_chatmodel_demo.training import checkpoints, manifest, trainer
 from finetune_chatmodel_demo.training.manifest import RUN_MANIFEST
 from finetune_chatmodel_demo.training.stages import ppo
@@ -200,9 +203,6 @@ def test_the_first_steps_are_those_that_were_trained(finished, model, data, tmp_
 
     given = flags(model, data, tmp_path / "x", pre_seq_len=4, max_steps=6, gradient_accumulation_steps=2)
     settings = decide_settings(*parse_given(given))
-    from finetune_chatmodel_demo.chatglm3 import load_tokenizer
-    from finetune_chatmodel_demo.conversation.stage_data import build_stage_data
-
     lengths = build_stage_data(settings.data, "sft", load_tokenizer(model), 3).train.lengths
     assert rows == list(LengthGroupedBatches(lengths, 2, 3))
 
@@ -263,11 +263,10 @@ def test_a_replay_of_ppo_compares_the_prompts_of_its_rollouts(model, data, tmp_p
     monkeypatch.setattr(ppo.Collector, "collect", collecting)
     assert train(model, data, tmp_path / "o", **options) == 0
     assert [len(prompts) for prompts in seen] == [4, 4, 4]
-    hashed = []
-    monkeypatch.setattr(manifest.json, "dumps", lambda rows: hashed.append([row["input_ids"] for row in rows]) or "")
-    assert finetune.main(["--replay", str(tmp_path / "o")]) == 1  # no hash is right now
-    monkeypatch.undo()
-    assert hashed[:3] == seen
+    settings = decide(model, data, tmp_path / "x", **options)
+    rows = build_stage_data(settings.data, "ppo", load_tokenizer(model), settings.training.seed).train
+    hashed = [row["input_ids"] for row in itertools.islice(manifest._iterate_rows(settings, rows), 12)]
+    assert hashed == [prompt for prompts in seen for prompt in prompts]
     assert finetune.main(["--replay", str(tmp_path / "o")]) == 0
 
 
