@@ -251,7 +251,8 @@ def _probes(
     arguments: argparse.Namespace, model: Path, prompt_format: str, notices: list[str] | None = None
 ) -> tuple[Path | None, list[list[int]]]:
     """The tokenizer's folder (None: there is none) and the probes."""
-    from finetune_chatmodel_demo.chatglm3 import ChatGLM3Config, load_tokenizer
+    from finetune_chatmodel_demo.chatglm3 import load_tokenizer
+    from finetune_chatmodel_demo.chatglm3.model_folder import read_model_config
     from finetune_chatmodel_demo.generation.probes import build_probes, has_tokenizer
 
     folder = Path(find_folder(arguments.tokenizer)) if arguments.tokenizer else model
@@ -260,7 +261,7 @@ def _probes(
             notices.append(f"{model} has no tokenizer.model, and neither will the result; --tokenizer DIR adds one")
         folder = None
     tokenizer = None if folder is None else load_tokenizer(folder)
-    vocabulary = ChatGLM3Config.from_pretrained(model).padded_vocab_size
+    vocabulary = read_model_config(model).padded_vocab_size
     return folder, build_probes(tokenizer, vocabulary, prompt_format)
 
 

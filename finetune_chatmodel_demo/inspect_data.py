@@ -18,13 +18,13 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.common.flags import add_fields
 from finetune_chatmodel_demo.conversation.data_arguments import DataArguments, read_data_arguments
 from finetune_chatmodel_demo.conversation.records import STAGE_KINDS
 from finetune_chatmodel_demo.conversation.stage_data import StageData, build_stage_data
 from finetune_chatmodel_demo.conversation.viewing import format_row, format_summary
 from finetune_chatmodel_demo.conversation.viewing_html import format_html
-from finetune_chatmodel_demo.generation.model_files import explain_load_error
 
 HTML_ROWS = 50
 
@@ -74,8 +74,8 @@ def main(arguments: list[str] | None = None) -> None:
 
         try:
             tokenizer = load_tokenizer(options.tokenizer)
-        except OSError as error:
-            raise ValueError(f"--tokenizer: {explain_load_error(options.tokenizer, error)}") from error
+        except (UserError, OSError) as error:
+            raise UserError(f"--tokenizer: {error}") from error
         if data.streaming:
             raise ValueError("--streaming is for training; drop it, and give --max_samples 100 to read no further")
         built = build_stage_data(data, options.stage, tokenizer, options.seed, needs_train=has_train)

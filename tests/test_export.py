@@ -88,8 +88,8 @@ def test_the_folder_is_complete_and_opens_without_this_project_knowing(capsys, b
     config = json.loads((output / "config.json").read_text(encoding="utf-8"))
     assert (config["torch_dtype"], config["num_layers"], config["prompt_format"]) == ("float16", 2, "default")
     assert config["architectures"] == ["ChatGLMModel"] and "num_hidden_layers" not in config
-    assert AutoConfig.from_pretrained(output).padded_vocab_size == config["padded_vocab_size"]
-    model = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    assert AutoConfig.from_pretrained(output, trust_remote_code=False).padded_vocab_size == config["padded_vocab_size"]
+    model = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32, trust_remote_code=False)
     expected = logits(load_adapter(load(base), adapter))
     assert (logits(model) - expected).abs().max() <= 2e-2 * expected.abs().max()
     choice = choose_model(inference_parser().parse_args(["--model", str(output)]))
@@ -170,7 +170,9 @@ def test_a_reward_model(capsys, golden_base, tmp_path):
     assert code == 0, err
     assert "likeliest token" not in out
     expected = logits(load_adapter(load(golden_base, head="score"), adapter))
-    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    merged = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "merged", dtype=torch.float32, trust_remote_code=False
+    )
     assert expected.shape == (1, 1)
     assert (logits(merged) - expected).abs().max() <= 1e-5
     written = load_file(tmp_path / "merged" / "model.safetensors")
@@ -453,7 +455,7 @@ def test_an_existing_output_needs_overwrite(capsys, base, tmp_path):
         (["--adapter", "nowhere"], "--adapter nowhere: no such folder"),
         (["--adapter", "{prefix}"], "is a prefix checkpoint; give it as --pt-checkpoint"),
         (["--pt-checkpoint", "{adapter}"], "is a LoRA adapter; give it as --adapter"),
-        (["--pt-checkpoint", "{base}"], "holds a whole model, not a prefix; give it as --model"),
+        (["--pt-checkpoint", "{base}"], "holds a whole model, not a prefix checkpoint; give it as --model"),
         (["--pt-checkpoint", "{prefix}", "--adapter", "{adapter}"], "--adapter has no place with --pt-checkpoint"),
         (["--pt-checkpoint", "{prefix}", "--dtype", "float16"], "--dtype has no place with --pt-checkpoint"),
         (["--pt-checkpoint", "{prefix}", "--fold_projection"], "has no projection to fold"),

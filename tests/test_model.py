@@ -157,9 +157,9 @@ def test_a_gpu_that_only_emulates_bfloat16_gets_float16(monkeypatch):
 def test_auto_classes_need_no_remote_code(golden, base_outputs):
     folder = golden / "tiny_chatglm3"
     assert "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    assert type(AutoConfig.from_pretrained(folder)) is ChatGLM3Config
+    assert type(AutoConfig.from_pretrained(folder, trust_remote_code=False)) is ChatGLM3Config
     for auto in (AutoModel, AutoModelForCausalLM):
-        model = auto.from_pretrained(folder, dtype=torch.float32).eval()
+        model = auto.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
         assert type(model) is ChatGLM3ForCausalLM
         with torch.no_grad():
             assert (model(base_outputs["single_input_ids"]).logits - base_outputs["single_logits"]).abs().max() < 1e-5
@@ -219,7 +219,7 @@ def test_missing_weights_are_an_error_not_a_guess(golden, tmp_path):
 @pytest.mark.parametrize("name", PREFIXES)
 def test_prefix_of_the_original_demo(golden, base_outputs, name, attention):
     model = AutoModelForCausalLM.from_pretrained(
-        golden / "tiny_chatglm3", dtype=torch.float32, attn_implementation=attention
+        golden / "tiny_chatglm3", dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
     ).eval()
     load_prefix(model, golden / f"{name}_checkpoint")
     assert model.config._attn_implementation == PREFIX_ATTENTION[attention]
@@ -316,9 +316,11 @@ def test_prefix_stays_float32_in_a_half_precision_model(golden):
 
 def test_config_with_pre_seq_len_makes_the_prefix_as_the_original_does(golden):
     """The old way: AutoConfig with pre_seq_len, AutoModel, then the prefix's own state."""
-    config = AutoConfig.from_pretrained(golden / "tiny_chatglm3", pre_seq_len=8)
+    config = AutoConfig.from_pretrained(golden / "tiny_chatglm3", pre_seq_len=8, trust_remote_code=False)
     torch.manual_seed(0)
-    model = AutoModel.from_pretrained(golden / "tiny_chatglm3", config=config, dtype=torch.float32)
+    model = AutoModel.from_pretrained(
+        golden / "tiny_chatglm3", config=config, dtype=torch.float32, trust_remote_code=False
+    )
     assert abs(model.prefix_encoder.embedding.weight.std() - 1) < 0.1
     state = torch.load(golden / "tiny_prefix_checkpoint/pytorch_model.bin", weights_only=True)
     model.prefix_encoder.load_state_dict({k.removeprefix("transformer.prefix_encoder."): v for k, v in state.items()})
@@ -485,7 +487,7 @@ def test_reentrant_checkpointing_is_refused(small):
 def test_sequence_classification_saves_the_official_head(tmp_path, golden):
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(
-        golden / "tiny_chatglm3", num_labels=3, dtype=torch.float32
+        golden / "tiny_chatglm3", num_labels=3, dtype=torch.float32, trust_remote_code=False
     )
     assert type(model) is ChatGLM3ForSequenceClassification
     model.eval().save_pretrained(tmp_path)

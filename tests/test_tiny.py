@@ -98,9 +98,9 @@ def test_weights_have_the_official_names(tiny_folder: Path) -> None:
 
 
 def test_loads_by_the_auto_classes(tiny_folder: Path, model: ChatGLM3ForCausalLM) -> None:
-    assert AutoConfig.from_pretrained(tiny_folder).padded_vocab_size == 2240
-    assert type(AutoTokenizer.from_pretrained(tiny_folder)) is ChatGLMTokenizer
-    same = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
+    assert AutoConfig.from_pretrained(tiny_folder, trust_remote_code=False).padded_vocab_size == 2240
+    assert type(AutoTokenizer.from_pretrained(tiny_folder, trust_remote_code=False)) is ChatGLMTokenizer
+    same = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32, trust_remote_code=False).eval()
     assert type(same) is ChatGLM3ForCausalLM
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():

@@ -109,7 +109,7 @@ def hostile(tmp_path_factory) -> ChatGLMTokenizer:
 
 @pytest.fixture(scope="module")
 def official(official_tokenizer_folder) -> ChatGLMTokenizer:
-    return AutoTokenizer.from_pretrained(official_tokenizer_folder)
+    return AutoTokenizer.from_pretrained(official_tokenizer_folder, trust_remote_code=False)
 
 
 @pytest.fixture
@@ -551,7 +551,9 @@ REPETITIVE_CONFIG = OFFICIAL_CONFIG | {
 @pytest.mark.parametrize("config", [OFFICIAL_CONFIG, REPETITIVE_CONFIG], ids=["official", "repetitive"])
 def test_auto_tokenizer_loads_official_folders(tok, small_model, tmp_path, no_questions, model, config):
     files = {"config": MODEL_CONFIGS[model]} if model else {}
-    loaded = AutoTokenizer.from_pretrained(write_folder(tmp_path, small_model, config, **files))
+    loaded = AutoTokenizer.from_pretrained(
+        write_folder(tmp_path, small_model, config, **files), trust_remote_code=False
+    )
     assert type(loaded) is ChatGLMTokenizer
     assert loaded("皮卡丘", return_tensors="pt")["input_ids"].tolist() == [tok.encode("皮卡丘")]
     assert (loaded.eos_token_id, loaded.pad_token_id, loaded.padding_side) == (2, 0, "left")
@@ -592,7 +594,7 @@ def test_saving_round_trip(tok, folder, tmp_path, no_questions):
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
     }
-    again = AutoTokenizer.from_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)
     assert again.get_vocab() == tok.get_vocab()
     assert again.apply_chat_template(CHAT, return_dict=False) == tok.apply_chat_template(CHAT, return_dict=False)
 
@@ -601,7 +603,7 @@ def test_saving_keeps_what_was_changed(folder, tmp_path):
     changed = ChatGLMTokenizer.from_pretrained(folder, model_max_length=2048, padding_side="right")
     changed.pad_token = changed.eos_token
     changed.save_pretrained(tmp_path)
-    again = AutoTokenizer.from_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)
     assert (again.model_max_length, again.padding_side, again.pad_token_id) == (2048, "right", 2)
 
 

@@ -507,7 +507,7 @@ def split_weights(folder: Path) -> None:
     [
         (split_weights, "files that model.safetensors.index.json names: model-00002-of-"),
         (lambda f: replace_in(f / "config.json", model_type="llama"), "model_type is 'llama'"),
-        (lambda f: replace_in(f / "config.json", padded_vocab_size=64), "ids, the model only 64; put"),
+        (lambda f: replace_in(f / "config.json", padded_vocab_size=64), "config.json asks for (64, "),
         (lambda f: (f / "config.json").write_text('{"a": '), "config.json is not JSON"),
         (lambda f: (f / "config.json").write_text("[]"), "config.json holds a list"),
         (lambda f: (f / "model.safetensors").write_bytes(b"x" * 50), "(50 bytes) is not a whole safetensors file"),

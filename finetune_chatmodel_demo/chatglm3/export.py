@@ -20,6 +20,7 @@ from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
 from finetune_chatmodel_demo.chatglm3.loading import MODEL_CLASSES, load_model
 from finetune_chatmodel_demo.chatglm3.lora import check_adapter, load_adapter, read_adapter, without_tuning
 from finetune_chatmodel_demo.chatglm3.lora_files import read_adapter_config, write_adapter, write_run
+from finetune_chatmodel_demo.chatglm3.model_folder import read_model_config
 from finetune_chatmodel_demo.chatglm3.prefix_files import (
     CONFIG_FILE,
     OFFICIAL_FILE,
@@ -96,7 +97,7 @@ def export_model(job: ModelExport, probes: Sequence[Sequence[int]]) -> Compariso
         OSError, UserError: a folder cannot be read, an adapter does not fit, the disk or the memory is too small.
         ComparisonError: the written model computes something else; nothing of it is left.
     """
-    config = ChatGLM3Config.from_pretrained(job.model)
+    config = read_model_config(job.model)
     head = _head_of(job)
     for adapter in job.adapters:
         check_adapter(adapter, config)
@@ -317,7 +318,7 @@ def convert_prefix(
     if fold_projection and not found.prefix_projection:
         raise UserError(f"{source} has no projection to fold: its prefix is stored as it is. Leave the flag out.")
     if model is not None:
-        check_prefix(source, ChatGLM3Config.from_pretrained(model))
+        check_prefix(source, read_model_config(model))
     if fold_projection:
         parameters = fold(parameters)
     config = _read_config(source) | {
@@ -363,7 +364,7 @@ def convert_adapter(source: Path, output: Path, model: Path) -> None:
         UserError: for an adapter that cannot be read or belongs to another base model.
         ComparisonError: what was written reads differently; nothing of it is left.
     """
-    config = ChatGLM3Config.from_pretrained(model)
+    config = read_model_config(model)
     check_adapter(source, config)
     settings, tensors = read_adapter(source, config)
     found = read_adapter_config(source)

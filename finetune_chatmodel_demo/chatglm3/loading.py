@@ -9,7 +9,14 @@ from typing import Any, Literal
 import torch
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
-from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
+from finetune_chatmodel_demo.chatglm3.model_folder import (
+    DOWNLOAD_HINT,
+    check_folder,
+    check_model_folder,
+    check_tokenizer_folder,
+    explain_hub_error,
+    read_model_config,
+)
 from finetune_chatmodel_demo.chatglm3.modeling import ChatGLM3ForCausalLM, ChatGLM3ForSequenceClassification
 from finetune_chatmodel_demo.chatglm3.prefix_files import check_prefix, load_prefix
 from finetune_chatmodel_demo.chatglm3.tokenizer import ChatGLMTokenizer
@@ -23,7 +30,6 @@ OTHER_HEADS = {
 }
 # It warns that an optional package is missing, and in every layer of every step that activations become float16.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-DOWNLOAD_HINT = "THUDM/README.md says how to get the weights and how to check them."
 
 
 def load_tokenizer(path: str | Path) -> ChatGLMTokenizer:
@@ -31,9 +37,19 @@ def load_tokenizer(path: str | Path) -> ChatGLMTokenizer:
 
     Raises:
         FileNotFoundError: when the folder has no `tokenizer.model`.
+        UserError: for a tokenizer that is damaged or of another model.
     """
-    _check_folder(path, "tokenizer.model")
-    return AutoTokenizer.from_pretrained(str(path))
+    check_folder(path, "tokenizer.model")
+    if (Path(path) / "config.json").is_file():
+        read_model_config(path)
+    check_tokenizer_folder(Path(path))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+    except Exception as error:  # whatever SentencePiece or transformers say of a file that they do not expect
+        raise UserError(_explain(path, error)) from error
+    if not isinstance(tokenizer, ChatGLMTokenizer):
+        raise UserError(f"{path} holds a {type(tokenizer).__name__}, and only ChatGLM's tokenizer is loaded here")
+    return tokenizer
 
 
 def load_model(
@@ -71,9 +87,10 @@ def load_model(
         raise UserError(f"pre_seq_len is {pre_seq_len}; a prefix has at least 1 position")
     if prefix_projection and pre_seq_len is None and pt_checkpoint is None:
         raise UserError("prefix_projection without a prefix: give pre_seq_len as well")
-    _check_folder(path, "config.json")
+    config = read_model_config(path)
+    check_model_folder(path)
     if pt_checkpoint is not None:
-        check_prefix(pt_checkpoint, ChatGLM3Config.from_pretrained(str(path)))
+        check_prefix(pt_checkpoint, config)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     quantization = None if quantization_bit is None else _quantization(quantization_bit, _dtype(dtype, device))
     with _without_report():
@@ -83,6 +100,8 @@ def load_model(
             device_map={"": device} if quantization is not None else None,
             quantization_config=quantization,
             output_loading_info=True,
+            attn_implementation="sdpa",
+            trust_remote_code=False,
             **({"num_labels": 1} if head == "score" else {}),
         )
     _check_report(path, report, head)
@@ -97,15 +116,10 @@ def load_model(
     return model.eval()
 
 
-def _check_folder(path: str | Path, file: str) -> None:
-    """Local folders must hold `file`; anything that is no folder and looks like a hub name is left to the hub."""
-    folder = Path(path)
-    if folder.is_dir():
-        if not (folder / file).is_file():
-            there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-            raise FileNotFoundError(f"{folder} has no {file} (found: {there}). {DOWNLOAD_HINT}")
-    elif folder.is_absolute() or len(folder.parts) != 2 or str(path).startswith("."):
-        raise FileNotFoundError(f"{folder} is not a folder. {DOWNLOAD_HINT}")
+def _explain(path: str | Path, error: Exception) -> str:
+    if not Path(path).is_dir():
+        return explain_hub_error(path, error)
+    return f"the tokenizer in {path} cannot be loaded: {str(error).strip() or type(error).__name__}"
 
 
 def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype | str:

@@ -4,6 +4,7 @@ transformers applies the mapping while it loads and reverts it while it saves, s
 and out without a copy of the whole model in memory.
 """
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def register_official_layout() -> None:
 
 
 def read_tensor_file(file: Path, remedy: str) -> dict[str, torch.Tensor]:
-    """The tensors of a `.safetensors` file, or of a pickle, of which nothing but tensors is ever read.
+    """The tensors of a `.safetensors` file or a pickle.
 
     Args:
         remedy: what to do with a damaged file, for the message.
@@ -133,16 +134,27 @@ def read_tensor_file(file: Path, remedy: str) -> dict[str, torch.Tensor]:
     Raises:
         UserError: for a file that is cut, damaged or something else.
     """
+    if file.suffix != ".safetensors":
+        return read_pickle(file, remedy)
     try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        return load_file(file)
     except SafetensorError as error:
         raise UserError(f"{file} is damaged ({error}). {remedy}") from error
+
+
+def read_pickle(file: Path, remedy: str, map_location: str = "cpu") -> dict[str, torch.Tensor]:
+    """The tensors of a pickle, of which nothing but tensors is ever read; on "meta" only their shapes.
+
+    Raises:
+        UserError: for a file that is cut, damaged, or holds anything else.
+    """
+    is_mapped = map_location == "meta" and zipfile.is_zipfile(file)  # or all of it would be read for its shapes
+    try:
+        state = torch.load(file, map_location=map_location, weights_only=True, mmap=is_mapped)
     except OSError:
         raise
-    except Exception as error:  # a damaged pickle raises whatever its bytes happen to spell, with advice to run it
+    except Exception as error:  # a damaged pickle raises whatever its bytes spell, a foreign one the advice to run it
         raise UserError(f"{file} is damaged, or holds other things than tensors. {remedy}") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"{file} holds no mapping of names to tensors. {remedy}")
+        raise UserError(f"{file} holds other things than a mapping of names to tensors. {remedy}")
     return {str(name): value for name, value in state.items()}

@@ -14,7 +14,6 @@ from typing import Any
 
 from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.conversation.render import PROMPT_FORMATS
-from finetune_chatmodel_demo.generation.model_files import check_model_folder, explain_load_error
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Tried in this order when neither --model nor the checkpoint names a base model.
@@ -125,15 +124,13 @@ def load_choice(choice: ModelChoice) -> tuple[Any, Any]:
     Raises:
         UserError, OSError: see `load_model`, `load_adapter` and `load_tokenizer`.
     """
-    from finetune_chatmodel_demo.chatglm3 import ChatGLM3Config, load_model, load_tokenizer
+    from finetune_chatmodel_demo.chatglm3 import load_model, load_tokenizer
     from finetune_chatmodel_demo.chatglm3.lora import check_adapter, load_adapter
+    from finetune_chatmodel_demo.chatglm3.model_folder import read_model_config
 
-    try:
-        tokenizer = load_tokenizer(choice.tokenizer)
-    except OSError as error:
-        raise UserError(explain_load_error(choice.tokenizer, error)) from error
+    tokenizer = load_tokenizer(choice.tokenizer)
     if choice.adapter and Path(choice.model).is_dir():
-        check_adapter(choice.adapter, ChatGLM3Config.from_pretrained(choice.model))
+        check_adapter(choice.adapter, read_model_config(choice.model))
     model = load_model(
         choice.model,
         pt_checkpoint=choice.prefix,
@@ -346,6 +343,8 @@ def find_model(path: str | None, base_model: str | None, checkpoint: Path | None
 
 
 def _check_model(path: str, notices: list[str]) -> str:
+    from finetune_chatmodel_demo.chatglm3.model_folder import check_model_folder
+
     folder = Path(path)
     if not folder.is_dir():
         return path

@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
 from finetune_chatmodel_demo.chatglm3.loading import load_tokenizer
+from finetune_chatmodel_demo.chatglm3.model_folder import read_model_config
 from finetune_chatmodel_demo.common.errors import UserError
-from finetune_chatmodel_demo.generation.model_files import explain_load_error
 
 
 def load_base_tokenizer(path: str) -> Any:
@@ -16,9 +15,9 @@ def load_base_tokenizer(path: str) -> Any:
     """
     try:
         tokenizer = load_tokenizer(path)
-        rows = ChatGLM3Config.from_pretrained(path).padded_vocab_size
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model_name_or_path: {explain_load_error(path, error)}") from error
+        rows = read_model_config(path).padded_vocab_size
+    except (OSError, UserError) as error:
+        raise UserError(f"--model_name_or_path: {error}") from error
     if tokenizer.vocab_size > rows:
         raise UserError(
             f"--model_name_or_path {path}: the tokenizer has {tokenizer.vocab_size} ids, the model only {rows}; "

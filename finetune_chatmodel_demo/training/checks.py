@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
+from finetune_chatmodel_demo.chatglm3.model_folder import check_model_folder
 from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.conversation.data_arguments import DataArguments
 from finetune_chatmodel_demo.conversation.stage_data import check_flags
-from finetune_chatmodel_demo.generation.model_files import check_model_folder
 from finetune_chatmodel_demo.training.arguments import (
     FREEZE,
     FULL,

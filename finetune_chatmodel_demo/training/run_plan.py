@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
+from finetune_chatmodel_demo.chatglm3.model_folder import read_model_config
 from finetune_chatmodel_demo.common.errors import UserError
-from finetune_chatmodel_demo.generation.model_files import check_architecture
 from finetune_chatmodel_demo.training.arguments import (
     FREEZE,
     FULL,
@@ -199,9 +199,8 @@ def read_config(path: str) -> ChatGLM3Config:
             "file, or the word 6b for ChatGLM3-6B"
         )
     try:
-        check_architecture(Path(path) / "config.json")
-        return ChatGLM3Config.from_pretrained(path)
-    except (ValueError, OSError) as error:
+        return read_model_config(path)
+    except (UserError, OSError) as error:
         raise UserError(f"--model_name_or_path: {error}") from error
 
 

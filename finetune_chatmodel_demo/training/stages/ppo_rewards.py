@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
 from finetune_chatmodel_demo.chatglm3.loading import load_model
 from finetune_chatmodel_demo.chatglm3.lora import load_adapter
 from finetune_chatmodel_demo.chatglm3.lora_files import is_adapter_checkpoint, read_adapter_config
+from finetune_chatmodel_demo.chatglm3.model_folder import read_model_config
 from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.generation.replies import read_reply
 from finetune_chatmodel_demo.training.stages.ppo_policy import build_rows, without_adapter_wrapper
@@ -207,7 +207,7 @@ def check_reward_model(folder: str | Path) -> Path | None:
             f"--reward_model {folder} is no model and no adapter: it has no config.json (found: {there or 'nothing'})"
         )
     # Loaded as one, a language model would get a new, random score head.
-    architectures = ChatGLM3Config.from_pretrained(str(folder)).architectures or []
+    architectures = read_model_config(folder).architectures or []
     if not any("SequenceClassification" in name for name in architectures):
         raise UserError(
             f"--reward_model {folder} is a {', '.join(architectures) or 'model of unknown kind'}, not a reward model; "
