@@ -82,7 +82,8 @@ def check_reply(
     if not is_answerable:
         return _check_unanswerable(table, reading, question)
     field = table.fields[column]
-    if others := reading.other_subjects - _related_subjects(table, subject, reading, question):
+    others = reading.other_subjects
+    if others and (others := others - _related_subjects(table, subject, reading, question)):
         return _wrong(reading, items, f"speaks about {', '.join(sorted(others))}")
     if field.kind == "flag":
         return _check_flag(table, field, reading, items)
@@ -113,7 +114,7 @@ def _related_subjects(table: FactTable, subject: str, reading: Reading, question
     for token in table.find(normalize(question)):
         found |= token.subjects
     if reading.names_subject:
-        named = {item for column in table.fields for item in table.items(subject, column)}
+        named = {item for column in table.naming_columns for item in table.items(subject, column)}
         found |= {table.names[item] for item in named if item in table.names}
     return found
 
