@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from data_processing.csv_rows import check_input
 from finetune_chatmodel_demo.common.errors import UserError
-from finetune_chatmodel_demo.common.files import whole_files
+from finetune_chatmodel_demo.common.files import flag_path, whole_files
 from finetune_chatmodel_demo.conversation.json_rows import JSONRows
 from finetune_chatmodel_demo.conversation.records import RecordError
 from finetune_chatmodel_demo.conversation.text_files import SkipsBadRecords
@@ -70,10 +70,10 @@ def parse_arguments(
 ) -> argparse.Namespace:
     """The command line of every format_*.py: `--path`, `--output` (formatted_data/NAME) and `--on_bad_record`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--path", type=Path, required=True, help="JSON array or JSON lines to read")
+    parser.add_argument("--path", type=flag_path, required=True, help="JSON array or JSON lines to read")
     parser.add_argument(
         "--output",
-        type=Path,
+        type=flag_path,
         default=Path("formatted_data") / output_name,
         help="JSON lines to write (default: %(default)s under the current folder)",
     )

@@ -1,4 +1,4 @@
-"""Turns a CSV into role-tagged conversations, row by row: `python data_processing/data_processing.py`.
+"""Turns a table into role-tagged conversations, row by row: `python data_processing/data_processing.py`.
 
 Reads data.csv and templates/pokemon.yaml beside this file and writes pokemon_conversations.json for training and
 pokemon_conversations_validation.json, in phrasings that training never shows. Next: format_tool_poke.py.
@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from finetune_chatmodel_demo.common.cli import run_program
 from finetune_chatmodel_demo.common.errors import UserError
-from finetune_chatmodel_demo.common.files import whole_files
+from finetune_chatmodel_demo.common.files import flag_path, whole_files
 
 if TYPE_CHECKING:
     from data_processing.csv_rows import CsvRows
@@ -96,9 +96,10 @@ def convert(
     """
     from data_processing.conversation_builder import build_conversations
     from data_processing.holding_out import check_share, is_held_out, subject_name
+    from data_processing.template_reader import check_columns
 
     check_share(hold_out)
-    template.check_columns(rows.columns, rows.path)
+    check_columns(template, rows.columns, rows.path)
     for path in outputs.values():
         if path.resolve() in (rows.path.resolve(), template.path.resolve()):
             raise UserError(f"the output {path} is also an input; name another output")
@@ -144,23 +145,26 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; see `--help`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--input", type=Path, default=HERE / "data.csv", help="CSV with a header (default: %(default)s)"
+        "--input",
+        type=flag_path,
+        default=HERE / "data.csv",
+        help="a table with a header: CSV, TSV, .xlsx (default: %(default)s)",
     )
     parser.add_argument(
         "--template",
-        type=Path,
+        type=flag_path,
         default=HERE / "templates" / "pokemon.yaml",
         help="which turns a row becomes (default: %(default)s)",
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=flag_path,
         default=HERE / "pokemon_conversations.json",
         help="JSON array of training conversations (default: %(default)s)",
     )
     parser.add_argument(
         "--validation_output",
-        type=Path,
+        type=flag_path,
         help="conversations in phrasings never trained on (default: beside OUTPUT, named …_validation)",
     )
     parser.add_argument("--seed", type=int, default=42, help="draws turns and wordings (default: %(default)s)")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from data_processing import dataset_wordings as wordings
 from data_processing.holding_out import is_held_out
 from finetune_chatmodel_demo.common.cli import run_program
-from finetune_chatmodel_demo.common.files import whole_files
+from finetune_chatmodel_demo.common.files import flag_path, whole_files
 
 if TYPE_CHECKING:
     from data_processing.template import Question, Template
@@ -169,7 +169,7 @@ def to_lines(records: Iterator[dict[str, Any]]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Makes and writes the files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=HERE / "datasets", help="folder (default: %(default)s)")
+    parser.add_argument("--output", type=flag_path, default=HERE / "datasets", help="folder (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="draws wordings and columns (default: %(default)s)")
     options = parser.parse_args(arguments)
     from data_processing.csv_rows import CsvRows

@@ -12,6 +12,7 @@ if __name__ == "__main__":
 import argparse
 
 from finetune_chatmodel_demo.common.cli import run_program
+from finetune_chatmodel_demo.common.files import flag_path
 
 HERE = Path(__file__).resolve().parent
 
@@ -20,9 +21,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; see `--help`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--input", type=Path, default=HERE / "data.csv", help="CSV with a header (default: %(default)s)")
-    add("--template", type=Path, default=HERE / "templates" / "pokemon.yaml", help="wordings (default: %(default)s)")
-    add("--output", type=Path, help="question file to write")
+    add(
+        "--input",
+        type=flag_path,
+        default=HERE / "data.csv",
+        help="a table with a header: CSV, TSV, .xlsx (default: %(default)s)",
+    )
+    add(
+        "--template",
+        type=flag_path,
+        default=HERE / "templates" / "pokemon.yaml",
+        help="wordings (default: %(default)s)",
+    )
+    add("--output", type=flag_path, help="question file to write")
     add("--questions", type=int, default=300, help="questions of every group (default: %(default)s)")
     add("--hold_out", type=float, default=0.0, help="share of rows that the fine-tuning data do not have (default: 0)")
     add("--seed", type=int, default=0, help="of the choice (default: %(default)s)")

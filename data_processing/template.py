@@ -1,7 +1,6 @@
 """The YAML template that says which turns a row of the CSV becomes; see `templates/*.yaml` for the language.
 
-`template_reader.load_template` reads one; `Template.check_columns` holds it against a CSV. Exercised
-by `python data_processing/data_processing.py --template X.yaml`.
+`template_reader.load_template` reads one; `template_reader.check_columns` holds it against a table.
 """
 
 import re
@@ -10,8 +9,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-from finetune_chatmodel_demo.common.errors import UserError, did_you_mean
 
 SPLITS = ("train", "validation")
 COMPARISONS = ("not", "at_least", "at_most")
@@ -129,28 +126,14 @@ class Template:
             return True
         return any(opening.names <= phrase.names for opening in self.subject.opening)
 
-    def check_columns(self, columns: list[str], csv_path: Path) -> None:
-        """Raises a UserError that names every column of the template that the CSV does not have."""
+    def missing_columns(self, columns: list[str]) -> dict[str, str]:
+        """Column that the template names and the table lacks → where the template names it first."""
         own = {self.subject.placeholder} if self.subject else set()
-        if own & set(columns):
-            raise UserError(
-                f"{self.path}: subject.placeholder '{self.subject.placeholder}' is also a column of "
-                f"{csv_path}; use another word for the placeholder"
-            )
         missing: dict[str, str] = {}
         for name, place in self._named_columns():
             if name not in columns and name not in own:
                 missing.setdefault(name, place)
-        if missing:
-            lines = [
-                f"  '{name}' (in {self.path} at {place}){did_you_mean(name, [*columns, *own], cutoff=0.6)}"
-                for name, place in missing.items()
-            ]
-            raise UserError(
-                f"{csv_path} lacks {len(missing)} column(s) that the template names:\n"
-                + "\n".join(lines)
-                + f"\n  the CSV has: {', '.join(columns)}"
-            )
+        return missing
 
     def _named_columns(self) -> Iterable[tuple[str, str]]:
         """Every (column, place) that the template mentions."""

@@ -23,6 +23,7 @@ from data_processing.template import (
 )
 from finetune_chatmodel_demo.common.errors import UserError, did_you_mean
 
+TEMPLATES = Path(__file__).resolve().parent / "templates"
 TOKEN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 
@@ -55,6 +56,31 @@ def load_template(path: str | Path) -> Template:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from None
     return _TemplateReader(path).read(data)
+
+
+def check_columns(template: Template, columns: list[str], table: Path) -> None:
+    """Raises a UserError that names every column of the template that the table lacks, and a template that fits it."""
+    placeholder = template.subject.placeholder if template.subject else None
+    if placeholder in columns:
+        raise UserError(
+            f"{template.path}: subject.placeholder '{placeholder}' is also a column of {table}; use another word for "
+            "the placeholder"
+        )
+    missing = template.missing_columns(columns)
+    if not missing:
+        return
+    known = [*columns, placeholder] if placeholder else columns
+    lines = [
+        f"  '{name}' (in {template.path} at {place}){did_you_mean(name, known, cutoff=0.6)}"
+        for name, place in missing.items()
+    ]
+    others = [path for path in sorted(TEMPLATES.glob("*.yaml")) if not load_template(path).missing_columns(columns)]
+    remedy = "".join(f"\n  --template {path} names only columns that are there" for path in others)
+    raise UserError(
+        f"{table} lacks {len(missing)} column(s) that the template names:\n"
+        + "\n".join(lines)
+        + f"\n  the table has: {', '.join(columns)}{remedy}"
+    )
 
 
 class _TemplateReader:

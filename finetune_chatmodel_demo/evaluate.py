@@ -43,19 +43,18 @@ question, asked with the true conversation before it; the reply must equal the r
 """
 
 import argparse
-import json
 import logging
 import sys
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # run as a script: find the package, and let nothing in its folder shadow an installed one
-    _folder = Path(__file__).resolve().parent
-    sys.path[:] = [str(_folder.parent), *(entry for entry in sys.path if entry != str(_folder))]
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the rooms are packages; this folder's own names are not
 
+from finetune_chatmodel_demo.common.cli import run_program
 from finetune_chatmodel_demo.common.errors import UserError
+from finetune_chatmodel_demo.common.files import flag_path, write_json
 from finetune_chatmodel_demo.generation.choose import add_model_arguments
-from finetune_chatmodel_demo.generation.errors import run_and_explain
 
 QUESTIONS_OF_A_GROUP = 300
 
@@ -80,15 +79,21 @@ def build_parser() -> argparse.ArgumentParser:
          "of evaluation/probes.json; none: leave them out)")  # fmt: skip
     group = parser.add_argument_group("results")
     _add(group, "--examples", type=int, default=3, metavar="N", help="wrong replies to print (3)")
-    _add(group, "--output", type=Path, metavar="X.json", help="write everything here")
-    _add(group, "--report", type=Path, metavar="DIR", help="with --csv: report.json, .md, .html and answers.jsonl")
+    _add(group, "--output", type=flag_path, metavar="X.json", help="write everything here")
+    _add(group, "--report", type=flag_path, metavar="DIR", help="with --csv: report.json, .md, .html and answers.jsonl")
     return parser
 
 
 def _add_questions(group: argparse._ArgumentGroup) -> None:
-    _add(group, "--csv", type=Path, metavar="FILE", help="facts to ask about; needs --template")
-    _add(group, "--template", type=Path, metavar="FILE", help="wordings, data_processing/templates/*.yaml")
-    _add(group, "--questions_file", type=Path, metavar="FILE", help="questions of data_processing/question_builder.py")
+    _add(group, "--csv", type=flag_path, metavar="FILE", help="facts to ask about; needs --template")
+    _add(group, "--template", type=flag_path, metavar="FILE", help="wordings, data_processing/templates/*.yaml")
+    _add(
+        group,
+        "--questions_file",
+        type=flag_path,
+        metavar="FILE",
+        help="questions of data_processing/question_builder.py",
+    )
     _add(group, "--data", action="append", metavar="[NAME=]FILE", help="conversations with 'column' keys, JSON or JSON "
          "lines: replies must equal the reference; repeat it for several")  # fmt: skip
     _add(group, "--max_questions", type=int, metavar="N", help="--csv: questions of each group (300); --data: a random "
@@ -96,8 +101,8 @@ def _add_questions(group: argparse._ArgumentGroup) -> None:
     _add(group, "--groups", metavar="A,B", help="--csv: these groups only, e.g. 'unseen phrasings,multi-turn' (all)")
     _add(group, "--hold_out", type=float, default=0.0, metavar="SHARE", help="--csv: this share of rows is not in the "
          "fine-tuning data, as of data_processing.py --hold_out (0)")  # fmt: skip
-    _add(group, "--train_file", type=Path, metavar="FILE", help="--csv: check that the fine-tuning data hold no unseen "
-         "wording and no held-out subject")  # fmt: skip
+    _add(group, "--train_file", type=flag_path, metavar="FILE", help="--csv: check that the fine-tuning data hold no "
+         "unseen wording and no held-out subject")  # fmt: skip
     _add(group, "--seed", type=int, default=0, metavar="N", help="of the choice of questions (0)")
 
 
@@ -112,7 +117,7 @@ def report_files(arguments: argparse.Namespace) -> None:
 
     result = exact.evaluate_files(arguments)
     if arguments.output:
-        _write_json(arguments.output, result)
+        write_json(arguments.output, result)
     print(exact.shares_table(result))
     print("(share of replies that equal the reference text, with its 95 % Wilson interval)")
     if examples := exact.format_examples(result, arguments.examples):
@@ -136,7 +141,7 @@ def report_facts(arguments: argparse.Namespace) -> None:
     result, answers = compare_candidates(candidates, questions, options, tell)
     result = {"mode": "facts", "run": run} | result
     if arguments.output:
-        _write_json(arguments.output, result)
+        write_json(arguments.output, result)
     if arguments.report:
         write_reports(arguments.report, result, answers)
         tell(f"report: {arguments.report / 'report.html'}")
@@ -203,15 +208,11 @@ def tell(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def _write_json(path: Path, result: dict[str, Any]) -> None:
-    path.write_text(json.dumps(result, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Run; returns the exit code of `run_and_explain`."""
+    """Run; returns the exit status of `run_program`."""
     arguments = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    return run_and_explain(lambda: report(arguments), out_of_memory_advice="use a smaller --batch-size")
+    return run_program(lambda: report(arguments), out_of_memory_advice="use a smaller --batch-size")
 
 
 if __name__ == "__main__":

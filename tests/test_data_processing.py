@@ -1,22 +1,30 @@
 """The room data_processing: a CSV row becomes conversations whose every fact is the row's own cell."""
 
 import csv
+import errno
 import json
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import pandas
 import pytest
 from conftest import read_light_help
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from data_processing import csv_rows, format_advertise_gen, format_tool_alpaca, format_tool_poke
 from data_processing import data_processing as program
-from data_processing import format_advertise_gen, format_tool_alpaca, format_tool_poke
 from data_processing.conversation_builder import build_conversations
 from data_processing.csv_rows import CsvRows
 from data_processing.template_reader import load_template
+from finetune_chatmodel_demo.common.cli import run_program
 from finetune_chatmodel_demo.common.errors import UserError
-from finetune_chatmodel_demo.common.files import whole_files
+from finetune_chatmodel_demo.common.files import partial_path
 from finetune_chatmodel_demo.conversation.records import RecordError, validate_conversation
 
 ROOM = Path(program.__file__).resolve().parent
@@ -275,8 +283,8 @@ def test_cases_escapes_and_empty_cells(tmp_path):
     answers = {contents(r, "user")[0].split()[-1]: contents(r, "assistant") for r in records}
     allowed = {"A?": ["B {x}", "yes", "D"], "A2?": ["B2 {x}", "no"], "A3?": ["D3"]}
     assert set(answers) == set(allowed)
-    for name, given in answers.items():
-        assert given == [text for text in allowed[name] if text in given]
+    for name, said in answers.items():
+        assert said == [text for text in allowed[name] if text in said]
     assert convert(tmp_path, "a,b,c,d\nA,B,1.0,D\n", small(turns=3))[0]["conversations"][1] == {
         "role": "assistant",
         "content": "B {x}",
@@ -389,7 +397,7 @@ def test_csv_errors(tmp_path, text, expected):
 def test_unknown_column_names_the_csv_columns(tmp_path):
     with pytest.raises(UserError) as error:
         convert(tmp_path, "a,b,c\nA,B,1\n", GOOD)
-    assert "the CSV has: a, b, c" in str(error.value)
+    assert "the table has: a, b, c" in str(error.value)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "gbk"])
@@ -418,6 +426,93 @@ def test_ragged_rows_are_skipped_on_request(tmp_path, capsys):
     assert "rows.csv line 3: 2 cells" in captured.err
 
 
+ROWS = [["姓名", "属性"], ["妙蛙种子", "草、毒"], ["小火龙", "火, 热"], ["杰尼龟", ""]]
+
+
+def write_table(path: Path, rows: list[list[str]], separator: str) -> Path:
+    """A table in the form of its name: .xlsx, else text."""
+    if path.suffix == ".xlsx":
+        pandas.DataFrame(rows).to_excel(path, header=False, index=False)
+        return path
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, delimiter=separator).writerows(rows)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "separator"), [("x.csv", ","), ("x.csv", ";"), ("x.csv", "\t"), ("x.tsv", "\t"), ("x.xlsx", "")]
+)
+def test_tables_of_every_kind_give_the_same_rows(tmp_path, name, separator):
+    rows = CsvRows(write_table(tmp_path / name, ROWS, separator))
+    assert rows.columns == ROWS[0]
+    assert list(rows) == [dict(zip(ROWS[0], row)) for row in ROWS[1:]]
+
+
+CELLS = st.text(st.characters(exclude_categories=["C", "Z"], exclude_characters="nN"), min_size=1, max_size=8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(CELLS, CELLS), min_size=1, max_size=5), st.sampled_from([",", ";", "\t"]))
+def test_cells_come_back_as_they_were_written(rows, separator):
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_table(Path(folder) / "x.csv", [["a", "b"], *rows], separator)
+        assert [tuple(row.values()) for row in CsvRows(path)] == rows
+
+
+@pytest.mark.parametrize(
+    ("cell", "read"),
+    [
+        *(("nan", ""), ("NaN", ""), ("草、nan", "草"), ("草nan", "草"), ("Ivy, nan", "Ivy"), ("nan、草", "nan、草")),
+        *(("Conan", "Conan"), ("banan", "banan"), ("None", "None"), ("No\0ne", "No\0ne"), ("nano", "nano")),
+    ],
+)
+def test_nan_at_the_end_of_a_cell_is_no_value(tmp_path, cell, read):
+    path = write_table(tmp_path / "x.csv", [["a", "b"], ["A", cell]], ",")
+    assert list(CsvRows(path)) == [{"a": "A", "b": read}]
+
+
+def test_odd_cells_are_named_and_counted(tmp_path, capsys):
+    """What pandas wrote for no value counts as empty: the question about it is not asked, and nothing says nan."""
+    text = "a,b,c,d\nA1,nan,1,D\nA2,None,1,D\nA3,B\0,1,D\nA4,B4,1,NaN\n"
+    with pytest.MonkeyPatch.context() as patch:
+        warned = []
+        patch.setattr(csv_rows.logger, "warning", lambda message, *values: warned.append(message % values))
+        records = convert(tmp_path, text, small(turns="[1, 3]"))
+    assert "nan" not in json.dumps(records).lower()
+    assert {contents(record, "assistant")[0] for record in records} <= {"yes", "None {x}", "B\0 {x}", "B4 {x}", "D"}
+    facts = sorted((line.split("rows.csv: ")[1].split(" cells")[0], line.split("the first: ")[1]) for line in warned)
+    path = tmp_path / "rows.csv"
+    assert facts == [
+        ("1", f"{path} line 3, column b)"),
+        ("1", f"{path} line 4, column b)"),
+        ("2", f"{path} line 2, column b)"),
+    ]
+
+
+# ---------------------------------------------------------------- habits
+
+
+def test_a_template_that_fits_is_named(tmp_path):
+    (tmp_path / "own.csv").write_text(OWN_CSV, encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        program.main(["--input", str(tmp_path / "own.csv"), "--output", str(tmp_path / "o.json")])
+    message = str(error.value)
+    assert "'英文名' (in" in message and "the table has: 姓名, 属性, 弱点, 特征, 数据" in message
+    assert message.count("--template") == 1
+    assert f"--template {TEMPLATES / 'custom_columns.yaml'} names only" in message
+
+
+def test_backslashes_separate_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    Path("data/rows.csv").write_text("a,b,c,d\nA,B,1,D\n", encoding="utf-8")
+    Path("data/t.yaml").write_text(GOOD, encoding="utf-8")
+    program.main(["--input", r"data\rows.csv", "--template", r"data\t.yaml", "--output", r"out\deep\x.json"])
+    assert Path("out/deep/x.json").is_file()
+    format_tool_poke.main(["--path", r"out\deep\x.json", "--output", r"out\y.jsonl"])
+    assert Path("out/y.jsonl").is_file()
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -429,15 +524,46 @@ def test_a_failed_run_leaves_the_old_output_alone(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "rows.csv", "template.yaml"]
 
 
-def test_files_appear_together_or_not_at_all(tmp_path):
-    with pytest.raises(KeyboardInterrupt), whole_files(tmp_path / "a", tmp_path / "b") as (a, _b):
-        a.write("half")
-        raise KeyboardInterrupt
-    assert list(tmp_path.iterdir()) == []
-    with whole_files(tmp_path / "deep" / "a", tmp_path / "b") as files:
-        for file in files:
-            file.write("whole")
-    assert (tmp_path / "deep" / "a").read_text() == (tmp_path / "b").read_text() == "whole"
+@pytest.fixture
+def full_disk(tmp_path, monkeypatch):
+    """A folder on a disk of 260 kB; where none may be mounted, one whose files cannot be flushed."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=260k", "tmpfs", str(folder)]
+    is_mounted = shutil.which("mount") and subprocess.run(mount, capture_output=True).returncode == 0
+    if not is_mounted:
+
+        def fail(descriptor):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(os, "fsync", fail)
+    yield folder
+    if is_mounted:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("count", [1, 900, 2000, 6000])
+def test_a_full_disk_is_told_in_a_line_and_nothing_is_left(tmp_path, full_disk, count, capsys):
+    """Whether the file, its last buffer or the second file does not fit."""
+    (tmp_path / "rows.csv").write_text("a,b,c,d\n" + "A,B,1,D\n" * count, encoding="utf-8")
+    (tmp_path / "template.yaml").write_text(GOOD, encoding="utf-8")
+    (full_disk / "filler").write_bytes(b"x" * 200_000)
+    flags = ["--input", tmp_path / "rows.csv", "--template", tmp_path / "template.yaml"]
+    output = full_disk / "out.json"
+    status = run_program(lambda: program.main([*map(str, flags), "--output", str(output)]))
+    if status == 0:
+        assert len(json.loads(output.read_text())) == count
+    else:
+        assert status == 2
+        assert [path.name for path in full_disk.iterdir()] == ["filler"]
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert "No space left on device" in last and str(output) in last and "make room" in last
+
+
+def test_what_a_killed_run_left_is_gone_after_the_next(tmp_path):
+    partial_path(tmp_path / "out.json").write_text("half", encoding="utf-8")
+    convert(tmp_path, "a,b,c,d\nA,B,1,D\n", GOOD)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "rows.csv", "template.yaml"]
 
 
 @pytest.mark.parametrize(

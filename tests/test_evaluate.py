@@ -313,7 +313,7 @@ def test_the_folder_alone_says_what_is_missing(tmp_path, base, data):
     asked = call("--csv", CSV, "--template", KANTO)
     assert asked.returncode == 2
     last = asked.stderr.splitlines()[-1]
-    assert last.startswith("error: --csv needs this project's folder data_processing, which is not at")
+    assert last.startswith("evaluate.py: error: --csv needs this project's folder data_processing, which is not at")
     asked = call("--data", data, "--max-new-tokens", "4", "--max-questions", "2", "--device", "cpu")
     assert asked.returncode == 0, asked.stderr
     assert asked.stdout.splitlines()[0].split() == ["exact", "answers", "model", "questions"]

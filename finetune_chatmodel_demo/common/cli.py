@@ -3,21 +3,19 @@
 Imports nothing heavy, so that `--help` and wrong flags answer at once.
 """
 
-import errno
 import logging
 import os
 import sys
 from collections.abc import Callable
 
 from finetune_chatmodel_demo.common.errors import UserError
+from finetune_chatmodel_demo.common.files import DISK_ERRORS
 
 # As grep and diff do it: 1 is an answer ("they differ", "it does not fit", "not learned"), 2 is a mistake.
 EXIT_NO = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143  # as a shell says of a process that SIGTERM ended
-
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def run_program(

@@ -4,18 +4,20 @@ What is being written is called `.partial-NAME` beside `NAME`. The name is alway
 overwrites what a killed one left.
 """
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from finetune_chatmodel_demo.common.errors import UserError
 
 PARTIAL_PREFIX = ".partial-"
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def partial_path(path: Path) -> Path:
@@ -50,10 +52,21 @@ def whole_files(*paths: Path) -> Iterator[list[IO[str]]]:
             file.close()
         for path in paths:
             os.replace(partial_path(path), path)
+    except OSError as error:
+        if error.errno in DISK_ERRORS and error.filename is None:
+            error.filename = str(paths[0])  # a write does not know its file
+        raise
     finally:
         for file, path in zip(files, paths):
-            file.close()
+            # On a full disk, closing fails a second time: it tries to write what was not written.
+            with suppress(OSError):
+                file.close()
             partial_path(path).unlink(missing_ok=True)
+
+
+def flag_path(text: str) -> Path:
+    """A path from the command line, where backslashes separate folders on every system."""
+    return Path(text) if os.path.exists(text) else Path(text.replace("\\", "/"))
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -17,7 +17,7 @@ from data_processing.conversation_builder import say
 from data_processing.csv_rows import CsvRows
 from data_processing.holding_out import check_share
 from data_processing.template import Phrase, Template, normal_form
-from data_processing.template_reader import load_template
+from data_processing.template_reader import check_columns, load_template
 from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.evaluation.facts import FactTable, normalize
 from finetune_chatmodel_demo.evaluation.question_pool import Askable, QuestionPool, build_fact_table
@@ -114,7 +114,7 @@ def read_and_build(
 
     template = load_template(template_path)
     reader = CsvRows(csv_path, on_bad_record)
-    template.check_columns(reader.columns, reader.path)
+    check_columns(template, reader.columns, reader.path)
     return build_questions(template, list(reader), options)
 
 
