@@ -10,6 +10,7 @@ import pytest
 from adapter_helpers import make_adapter
 from conftest import REPOSITORY
 from conversation_helpers import message, write_jsonl
+from wcwidth import wcswidth
 
 from finetune_chatmodel_demo import evaluate
 from finetune_chatmodel_demo.conversation.render import render_prompt
@@ -201,12 +202,13 @@ def test_names_of_files(tmp_path):
 def test_tables_align_wide_characters():
     score = {"asked": 4, "share": 0.5, "wilson95": [0.1, 0.9]}
     files = [{"name": name, "scores": {"model": score}} for name in ("见过的问法", "x")]
-    assert exact.shares_table({"files": files}).splitlines() == [
-        "exact answers    model                     questions",
-        "---------------  ----------------------  -----------",
-        "见过的问法       50.0% (10.0% to 90.0%)            4",
-        "x                50.0% (10.0% to 90.0%)            4",
+    lines = exact.shares_table({"files": files}).splitlines()
+    assert [re.split("  +", line.strip()) for line in (lines[0], *lines[2:])] == [
+        ["exact answers", "model", "questions"],
+        ["见过的问法", "50.0% (10.0% to 90.0%)", "4"],
+        ["x", "50.0% (10.0% to 90.0%)", "4"],
     ]
+    assert len({wcswidth(line.split("50.0%")[0]) for line in lines[2:]}) == 1
 
 
 @pytest.mark.parametrize(
