@@ -17,7 +17,7 @@ GIVEN_OUTPUT_DIR=${OUTPUT_DIR:-}
 # fail MESSAGE: for knobs that cannot work.
 fail() {
     printf '%s: error: %s\n' "$(basename "$0")" "$1" >&2
-    exit 1
+    exit 2
 }
 
 # check_knobs: numbers that are none, and knobs in lower case, which nothing would read.
@@ -27,6 +27,7 @@ check_knobs() {
     for name in NUM_GPUS NNODES NODE_RANK DEV_BATCH_SIZE GRAD_ACCUMULATION_STEPS PRE_SEQ_LEN MAX_SEQ_LEN \
         MAX_SOURCE_LEN MAX_TARGET_LEN; do
         [[ ! ${!name:-} || ${!name} =~ ^[0-9]+$ ]] || fail "$name=${!name} is not a whole number; give one, or leave it out"
+        [[ ! ${!name:-} ]] || printf -v "$name" '%d' "$((10#${!name}))" # 08 would be read as an octal number
     done
     [[ $MAX_STEP =~ ^(-1|[0-9]+)$ ]] || fail "MAX_STEP=$MAX_STEP is not a whole number; give one, or leave it out"
     ((NUM_GPUS > 0)) || fail "NUM_GPUS=$NUM_GPUS: it is the number of processes, 1 or more"
@@ -38,14 +39,21 @@ check_knobs() {
     done
 }
 
+# with_slashes PATH: one that was written with backslashes, where no file has that name.
+with_slashes() {
+    if [[ -e $1 ]]; then printf '%s\n' "$1"; else printf '%s\n' "${1//\\//}"; fi
+}
+
 # resolve PATH: relative paths of inputs start at the repository, or at the current folder where only that has the file.
 resolve() {
-    case $1 in
-        /*) printf '%s\n' "$1" ;;
-        *) if [[ ! -e $REPOSITORY/$1 && -e $1 ]]; then
-            printf '%s\n' "$PWD/$1"
+    local path
+    path=$(with_slashes "$1")
+    case $path in
+        /*) printf '%s\n' "$path" ;;
+        *) if [[ ! -e $REPOSITORY/$path && -e $path ]]; then
+            printf '%s\n' "$PWD/$path"
         else
-            printf '%s\n' "$REPOSITORY/$1"
+            printf '%s\n' "$REPOSITORY/$path"
         fi ;;
     esac
 }
@@ -108,8 +116,12 @@ run_finetuning() {
     done
     shift
     check_knobs
-    local output_dir=$OUTPUT_DIR
-    [[ $output_dir == /* ]] || output_dir=$REPOSITORY/$output_dir
+    # A relative folder that was named lies in the current folder, the default in the repository.
+    local output_dir
+    output_dir=$(with_slashes "$OUTPUT_DIR")
+    if [[ $output_dir != /* ]]; then
+        if [[ $GIVEN_OUTPUT_DIR ]]; then output_dir=$PWD/$output_dir; else output_dir=$REPOSITORY/$output_dir; fi
+    fi
 
     choose_launcher
 

@@ -6,7 +6,8 @@
 # DEEPSPEED_CONFIG: ds_zero2 (default), ds_zero2_offload, ds_zero3, ds_zero3_offload, or a file of yours.
 # Several nodes: the same command on each, with NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT and one shared OUTPUT_DIR.
 
-source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started with sh
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh"
 
 LR=${LR:-1e-4}
 NUM_GPUS=${NUM_GPUS:-4}

@@ -5,7 +5,8 @@
 #   LR=1e-2 OUTPUT_DIR=output/mine scripts/finetune_ps_pt_m.sh --seed 1
 # OUTPUT_DIR of a run that was interrupted continues it.
 
-source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started with sh
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh"
 
 PRE_SEQ_LEN=${PRE_SEQ_LEN:-128}
 LR=${LR:-2e-2}

@@ -13,11 +13,12 @@
 #   SEED                                               INIT_STD        spread of the new prefix
 # Further arguments go to finetune.py.
 
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started with sh
 set -euo pipefail
 
 started=$SECONDS
 # shellcheck source=scripts/environment.sh
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/environment.sh"
 
 BASE_MODEL_PATH=${BASE_MODEL_PATH:-THUDM/chatglm3-tiny}
 TEMPLATE=${TEMPLATE:-data_processing/templates/pokemon_kanto.yaml}

@@ -8,10 +8,11 @@
 # THUDM/chatglm3-6b is found by itself). Without the official tokenizer the tests that compare with it are skipped, and
 # say so.
 
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started with sh
 set -euo pipefail
 
 # shellcheck source=scripts/environment.sh
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/environment.sh"
 
 use_environment requirements.txt requirements-dev.txt
 

@@ -106,7 +106,7 @@ def test_the_best_evaluation_has_a_checkpoint(model, data, validation, tmp_path)
             {"early_stopping_patience": 2},
             "--early_stopping_patience follows the evaluations, and there is no",
         ),
-        ({"early_stopping_patience": 0, "val_size": 0.5}, "--early_stopping_patience is 0; give 1 or more"),
+        ({"early_stopping_patience": 0, "val_size": 0.5}, "--early_stopping_patience is 0; it must be at least 1"),
         ({"early_stopping_patience": 2, "val_size": 0.5, "eval_strategy": "no"}, "(or --save_strategy) no makes none"),
         ({"early_stopping_threshold": 0.1}, "--early_stopping_threshold belongs to --early_stopping_patience"),
         ({"eval_questions": 5}, "--eval_questions asks for replies of the validation data, and there is none"),

@@ -208,7 +208,7 @@ def test_several_nodes(recorder, script):
 )
 def test_nodes_that_could_not_find_each_other(recorder, knobs, message):
     completed = recorder.run("finetune_ds.sh", **NODES | knobs)
-    assert completed.returncode == 1
+    assert completed.returncode == 2
     assert f"finetune_ds.sh: error: {message}" in completed.stderr
     assert not (recorder.folder / "record.json").exists()
 
@@ -224,7 +224,7 @@ def test_deepspeed_config_is_a_name_or_a_path(recorder, script, tmp_path):
     (tmp_path / "mine.json").touch()
     assert recorder.command(script, DEEPSPEED_CONFIG="mine.json")[1]["deepspeed"] == str(tmp_path / "mine.json")
     completed = recorder.run(script, DEEPSPEED_CONFIG="ds_zero4")
-    assert completed.returncode == 1
+    assert completed.returncode == 2
     assert "DEEPSPEED_CONFIG=ds_zero4: there is no" in completed.stderr and "ds_zero3.json" in completed.stderr
 
 
@@ -236,10 +236,41 @@ def test_relative_paths_start_at_the_repository(recorder, tmp_path):
     _, given = recorder.command("finetune_ps_pt_m.sh", DATASET_PATH="formatted_data/x.jsonl", **options)
     assert given["train_file"] == str(recorder.repository / "formatted_data" / "x.jsonl")
     assert given["model_name_or_path"] == str(recorder.repository / "THUDM" / "other")
-    assert given["output_dir"] == str(recorder.repository / "output" / "my run")
+    assert given["output_dir"] == str(elsewhere / "output" / "my run")  # a user's own name lies where the user is
     _, given = recorder.command("finetune_ps_pt_m.sh", DATASET_PATH="mine.jsonl", **options)
     assert given["train_file"] == str(elsewhere / "mine.jsonl")
-    assert len((recorder.repository / "output" / "my run" / "train.log").read_text().splitlines()) == 4
+    assert len((elsewhere / "output" / "my run" / "train.log").read_text().splitlines()) == 4
+    del options["OUTPUT_DIR"]
+    _, given = recorder.command("finetune_ps_pt_m.sh", DATASET_PATH="mine.jsonl", **options)
+    assert given["output_dir"] == str(recorder.repository / "output" / "pokemon")
+
+
+def test_paths_with_backslashes(recorder, tmp_path):
+    _, given = recorder.command("finetune_pt.sh", DATASET_PATH="formatted_data\\x.jsonl", OUTPUT_DIR="saves\\mine")
+    assert given["train_file"] == str(recorder.repository / "formatted_data" / "x.jsonl")
+    assert given["output_dir"] == str(recorder.folder / "saves" / "mine")
+
+
+def test_numbers_with_zeros_in_front(recorder):
+    launcher, given = recorder.command("finetune_pt.sh", NUM_GPUS="08", DEV_BATCH_SIZE="010")
+    assert "--nproc_per_node=8" in launcher
+    assert given["per_device_train_batch_size"] == 10
+
+
+@pytest.mark.parametrize("shell", ["sh", "bash"])
+def test_scripts_start_through_links_and_with_any_shell(recorder, tmp_path, shell):
+    link = tmp_path / "start"
+    link.symlink_to(recorder.repository / "scripts" / "finetune_pt.sh")
+    environment = {"PATH": f"{recorder.folder / 'bin'}:{os.environ['PATH']}", "RECORD": str(tmp_path / "record.json")}
+    completed = subprocess.run([shell, str(link), "--seed", "5"], env=environment, capture_output=True, text=True)
+    assert completed.returncode == 0, completed.stderr
+    assert json.loads((tmp_path / "record.json").read_text())[-2:] == ["--seed", "5"]
+
+
+def test_the_originals_deepspeed_file_is_there():
+    ours = [json.loads((DEMO / "configs" / name).read_text()) for name in ("deepspeed.json", "ds_zero2.json")]
+    assert ours[0] == ours[1]
+    assert parse_given(["--deepspeed", str(DEMO / "configs" / "deepspeed.json")])[0]
 
 
 def test_a_failed_run_fails_through_the_log(recorder):
@@ -264,7 +295,7 @@ def test_a_failed_run_fails_through_the_log(recorder):
 )
 def test_knobs_that_cannot_work(recorder, knobs, message):
     completed = recorder.run("finetune_pt.sh", **knobs)
-    assert completed.returncode == 1
+    assert completed.returncode == 2
     assert f"finetune_pt.sh: error: {message}" in completed.stderr
     assert not (recorder.repository / "output").exists()
     assert not (recorder.folder / "record.json").exists()
@@ -306,7 +337,7 @@ def test_the_last_words_of_an_interrupted_run_arrive(recorder):
 
 
 def test_a_run_that_ended_early_says_how_it_continues(recorder):
-    output = recorder.repository / "output" / "mine"
+    output = recorder.folder / "output" / "mine"
     for step in (2, 10, 9):
         (output / f"checkpoint-{step}").mkdir(parents=True)
     completed = recorder.run("finetune_ds.sh", FAKE_STATUS=3, OUTPUT_DIR="output/mine")
