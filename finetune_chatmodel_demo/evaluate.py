@@ -192,6 +192,9 @@ def report(arguments: argparse.Namespace) -> None:
         raise UserError(f"give one of --csv, --questions_file and --data (got {found}); --help says what each asks")
     if arguments.output and not arguments.output.resolve().parent.is_dir():
         raise UserError(f"--output {arguments.output}: there is no folder {arguments.output.resolve().parent}")
+    for flag, path, is_wrong in (("output", arguments.output, Path.is_dir), ("report", arguments.report, Path.is_file)):
+        if path and is_wrong(path):  # said before hours of work
+            raise UserError(f"--{flag} {path} is a {'folder' if path.is_dir() else 'file'}; name another")
     unfit = {"data": ("report", "template", "groups", "train_file", "probes", "hold_out")}
     unfit["questions_file"] = ("template", "max_questions", "hold_out")  # they were decided when the file was made
     for flag in unfit.get(ways[0], ()):

@@ -233,12 +233,26 @@ def test_tables_align_wide_characters():
         (["--data", "{data}", "--max-questions", "0"], "max_questions is 0; it must be at least 1"),
         (["--data", "{data}", "--batch-size", "0"], "batch_size is 0; it must be at least 1"),
         (["--data", "{data}", "--output", "{missing}/x.json"], "there is no folder"),
+        (["--data", "{data}", "--output", "{folder}"], "is a folder; name another"),
+        (["--csv", "{csv}", "--template", "{kanto}", "--report", "{data}"], "is a file; name another"),
+        (["--data", "{odd_column}"], "record 1: conversations[1]: 'column' must be a text, got 5"),
+        (["--data", "{unasked}"], "record 1: conversations[0] has a 'column', and no question before it"),
+        (["--data", "{silent}"], "has no questions"),
+        (["--questions_file", "{folder}"], "is no file"),
     ],
 )
 def test_mistakes(capsys, tmp_path, data, base, flags, error):
     talk = [message("user", "？"), message("assistant", "！")]
     no_questions = write_jsonl(tmp_path / "plain.jsonl", [{"conversations": talk}])
-    places = {"data": data, "no_questions": no_questions, "missing": tmp_path / "missing", "csv": CSV, "kanto": KANTO}
+    places = {"folder": tmp_path} | {
+        name: write_jsonl(tmp_path / f"{name}.jsonl", [{"conversations": messages}])
+        for name, messages in {
+            "odd_column": [message("user", "？"), message("assistant", "！", column=5)],
+            "unasked": [message("assistant", "！", column="c")],
+            "silent": [message("user", "？"), message("assistant", " ", column="c")],
+        }.items()
+    }
+    places |= {"data": data, "no_questions": no_questions, "missing": tmp_path / "missing", "csv": CSV, "kanto": KANTO}
     code, out, err = run(capsys, "--model", base, *(flag.format(**places) for flag in flags))
     assert (code, out) == (2, "")
     assert error in err.splitlines()[-1]

@@ -97,6 +97,12 @@ def test_the_probes_that_come_along(prefix_model, tokenizer):
         '{"perplexity": {}}',
         '{"perplexity": {}, "obedience": []}',
         '{"perplexity": {"x": [1]}, "obedience": []}',
+        '{"perplexity": {"x": [""]}, "obedience": []}',
+        '{"perplexity": {"x": [[["user", "好"]]]}, "obedience": []}',
+        '{"perplexity": {"x": [[["assistant", ""]]]}, "obedience": []}',
+        '{"perplexity": {"x": [[["bot", "好"], ["assistant", "好"]]]}, "obedience": []}',
+        '{"perplexity": {"x": [[["user", 1], ["assistant", "好"]]]}, "obedience": []}',
+        "[" * 3000,
         '{"perplexity": {}, "obedience": [{"prompt": "x", "form": "("}]}',
     ],
 )

@@ -1,5 +1,6 @@
 """Questions out of a CSV and a template: answers are cells, wordings are trained or unseen as said, orders are new."""
 
+import copy
 import json
 from collections import Counter
 from pathlib import Path
@@ -327,17 +328,36 @@ def test_impossible_options(options, message):
         read_and_build(DATA, KANTO, options)
 
 
-def test_files_that_are_no_question_files(tmp_path):
+def test_files_that_are_no_question_files(tmp_path, kanto):
+    path = tmp_path / "f.json"
     for text, message in (
         ("[]", "is no question file"),
         ("{", "is no question file"),
+        ("[" * 3000, "is no question file"),
+        ("1" * 5000, "is no question file"),
         ('{"format": "other"}', "expected a question file"),
+        ('{"format": "chatglm3-questions-1", "facts": 1, "dialogues": [], "notes": {}}', "is no question file"),
     ):
-        (tmp_path / "f.json").write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
         with pytest.raises(UserError, match=message):
-            read_question_file(tmp_path / "f.json")
+            read_question_file(path)
     with pytest.raises(FileNotFoundError, match=r"question_builder\.py"):
         read_question_file(tmp_path / "nowhere.json")
+    write_questions(kanto, path)
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    subject = turns_of(kanto, TRAINED)[0].subject
+    for change in (
+        lambda data: data["facts"]["cells"].pop(subject),
+        lambda data: data["facts"]["fields"].pop(),
+        lambda data: data["dialogues"][0]["turns"][0].pop("text"),
+        lambda data: data["dialogues"][0]["turns"][0].update(column="没有"),
+        lambda data: data["dialogues"].clear(),
+    ):
+        damaged = copy.deepcopy(whole)
+        change(damaged)
+        path.write_text(json.dumps(damaged, ensure_ascii=False), encoding="utf-8")
+        with pytest.raises(UserError, match=r"f\.json (is no question file|holds no question)"):
+            read_question_file(path)
 
 
 def test_rows_with_the_same_name_are_not_asked_about(rows):

@@ -59,12 +59,17 @@ def read_questions(path: str | Path, max_questions: int | None = None, seed: int
     chosen: list[tuple[int, Question]] = []
     found = 0
     draw = random.Random(seed)
-    for record in read_records(path):
+    for number, record in enumerate(read_records(path), 1):
         messages = record["conversations"]
         for i, message in enumerate(messages):
-            if message["role"] != "assistant" or "column" not in message:
+            column = message.get("column")
+            if message["role"] != "assistant" or column is None or not message["content"].strip():
                 continue
-            question = Question(message["column"], messages[:i], record.get("tools"), message["content"].strip())
+            if not isinstance(column, str):
+                raise UserError(f"{path} record {number}: conversations[{i}]: 'column' must be a text, got {column!r}")
+            if not any(before["role"] == "user" for before in messages[:i]):
+                raise UserError(f"{path} record {number}: conversations[{i}] has a 'column', and no question before it")
+            question = Question(column, messages[:i], record.get("tools"), message["content"].strip())
             found += 1
             if max_questions is None or len(chosen) < max_questions:
                 chosen.append((found, question))

@@ -16,6 +16,7 @@ import torch
 
 from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.conversation.render import IGNORED_LABEL, render_conversation, render_prompt
+from finetune_chatmodel_demo.conversation.validation import validate_conversation
 from finetune_chatmodel_demo.evaluation.judge import BROKEN
 from finetune_chatmodel_demo.generation.batch import BatchReply, generate_replies
 
@@ -42,19 +43,32 @@ def read_probes(path: str | Path = PROBES_FILE) -> Probes:
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"))
         texts = {
-            name: [item if isinstance(item, str) else [(str(role), str(text)) for role, text in item] for item in items]
+            name: [item if isinstance(item, str) else [(role, text) for role, text in item] for item in items]
             for name, items in data["perplexity"].items()
         }
         forms = [task.get("form") for task in data["obedience"]]
         tasks = [(str(task["prompt"]), form and re.compile(form)) for task, form in zip(data["obedience"], forms)]
-    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, re.error, RecursionError) as error:
         raise UserError(
             f"{path} is no probe file ({type(error).__name__}: {error}); it needs the keys perplexity and obedience, "
             f"as {PROBES_FILE.name} beside probing.py has them"
         ) from None
+    for name, items in texts.items():
+        for i, item in enumerate(items):
+            _check_probe(item, f"{path} is no probe file: perplexity.{name}[{i}]")
     if not any(texts.values()) and not tasks:
         raise UserError(f"{path} holds no probe")
     return Probes(texts, tasks)
+
+
+def _check_probe(item: str | list[tuple[str, str]], where: str) -> None:
+    """Raises a UserError where nothing of a text or conversation could be measured."""
+    said = [item]
+    if not isinstance(item, str):
+        validate_conversation({"conversations": [{"role": role, "content": text} for role, text in item]}, where)
+        said = [text for role, text in item if role == "assistant"]
+    if not "".join(said).strip():
+        raise UserError(f"{where}: there is no text of the assistant to measure")
 
 
 def probe_model(

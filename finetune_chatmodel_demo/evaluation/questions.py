@@ -105,22 +105,29 @@ def read_question_file(path: str | Path) -> QuestionSet:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"question file {path} does not exist; make one with data_processing/question_builder.py"
-        )
+        what = "is no file" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"question file {path} {what}; make one with data_processing/question_builder.py")
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"))
-        if data.get("format") != FORMAT:
-            raise UserError(
-                f"{path}: expected a question file (format {FORMAT}), got format {data.get('format')!r}; make one with "
-                "data_processing/question_builder.py, or use --data for a file of conversations"
+        form = data.get("format")
+        if form == FORMAT:
+            dialogues = tuple(
+                Dialogue(entry["system"], tuple(_read_turn(turn) for turn in entry["turns"]))
+                for entry in data["dialogues"]
             )
-        dialogues = tuple(
-            Dialogue(entry["system"], tuple(_read_turn(turn) for turn in entry["turns"])) for entry in data["dialogues"]
-        )
-        return QuestionSet(FactTable.from_json(data["facts"]), dialogues, data["notes"])
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            questions = QuestionSet(FactTable.from_json(data["facts"]), dialogues, dict(data["notes"]))
+            for turn in filter(lambda turn: turn.is_answerable, questions.turns):
+                questions.table.items(turn.subject, turn.column)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is no question file ({type(error).__name__}: {error})") from None
+    if form != FORMAT:
+        raise UserError(
+            f"{path}: expected a question file (format {FORMAT}), got format {form!r}; make one with "
+            "data_processing/question_builder.py, or use --data for a file of conversations"
+        )
+    if not questions.turns:
+        raise UserError(f"{path} holds no question; make one with data_processing/question_builder.py")
+    return questions
 
 
 def _read_turn(data: dict[str, Any]) -> Turn:
