@@ -41,7 +41,7 @@ def mistake(folder: Path, block: object) -> str:
     """What reading an entry complains about, behind the place."""
     path = write_registry(folder, {"x": block})
     with pytest.raises(UserError) as caught:
-        read_registry(folder)
+        check_kind(read_registry(folder)["x"], "multi-turn")
     start = f"{path}: data set 'x'"
     assert str(caught.value).startswith(start)
     return str(caught.value).removeprefix(start).lstrip(": ")
@@ -115,15 +115,42 @@ def test_both_generations_name_the_keys_of_a_message(tmp_path: Path):
 
 
 @given(listed=st.dictionaries(st.sampled_from(sorted(vars(Columns()))), st.text("abcxyz", min_size=1), max_size=9))
-def test_columns_that_are_not_listed_keep_their_defaults(tmp_path_factory: pytest.TempPathFactory, listed: dict):
+def test_columns_that_are_not_listed_are_absent(tmp_path_factory: pytest.TempPathFactory, listed: dict):
     folder = tmp_path_factory.mktemp("registry")
     columns = read_one(folder, {"file_name": "f", "columns": listed}).columns
-    assert vars(columns) == {**vars(Columns()), **listed}
+    content = ("prompt", "query", "response")
+    absent = dict.fromkeys(content) if set(content) & listed.keys() else {}
+    assert vars(columns) == {**vars(Columns()), **absent, **listed}
 
 
-def test_a_default_does_not_claim_a_column_that_is_listed_for_something_else(tmp_path: Path):
-    columns = read_one(tmp_path, {"hf_hub_url": "a/b", "columns": {"prompt": "input", "response": "target"}}).columns
-    assert (columns.prompt, columns.query, columns.response) == ("input", None, "target")
+def test_an_unlisted_input_column_is_not_read(tmp_path: Path):
+    columns = read_one(tmp_path, {"file_name": "f", "columns": {"prompt": "question", "response": "answer"}}).columns
+    assert (columns.prompt, columns.query, columns.response) == ("question", None, "answer")
+
+
+def test_openai_messages_have_their_own_defaults(tmp_path: Path):
+    entry = read_one(tmp_path, {"file_name": "f", "formatting": "openai", "tags": {"user_tag": "human"}})
+    assert entry.columns.messages == "messages"
+    assert (entry.tags.role_tag, entry.tags.content_tag, entry.tags.user_tag) == ("role", "content", "human")
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        "x",
+        {"file_name": "f", "formatting": "chatml"},
+        {"file_name": "f", "own": 1},
+        {"file_name": "f", "file_sha1": "1"},
+    ],
+)
+def test_an_entry_that_is_wrong_blocks_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture, block: object):
+    write_registry(tmp_path, {"_comment": "ours", "good": {"file_name": "f"}, "other": block})
+    registry = read_registry(tmp_path)
+    check_kind(registry["good"], "multi-turn")
+    (warning,) = caplog.records
+    assert "data set 'other'" in warning.getMessage() and "cannot be used" in warning.getMessage()
+    with pytest.raises(UserError, match="data set 'other'"):
+        check_kind(registry["other"], "multi-turn")
 
 
 @pytest.mark.parametrize("nothing", [None, ""])
@@ -194,7 +221,7 @@ def test_encodings(tmp_path: Path, encoding: str):
         ({"file_name": "a", "file_sha1": "abc"}, "'file_sha1' must be 40 hexadecimal digits, got \"abc\""),
         (
             {"file_name": "a", "formatting": "share_gpt"},
-            "formatting 'share_gpt' is unknown; use alpaca or sharegpt; did you mean 'sharegpt'?",
+            "formatting 'share_gpt' is unknown; use alpaca, sharegpt, openai; did you mean 'sharegpt'?",
         ),
         ({"columns": {}}, "does not say where its rows are; give file_name, script_url or hf_hub_url"),
         ({"file_name": ""}, "does not say where its rows are; give file_name, script_url or hf_hub_url"),

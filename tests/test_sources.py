@@ -335,16 +335,18 @@ def test_files_that_are_not_there(folder: Path):
     )
 
 
-def test_sha1(folder: Path):
+def test_sha1(folder: Path, caplog: pytest.LogCaptureFixture):
     path = write_jsonl(folder / "a.jsonl", ROWS)
     right = hashlib.sha1(path.read_bytes()).hexdigest()
     wrong = "0" * 40
     for accepted in (right, right.upper(), "", None):
         assert asked(open_one(folder, file_name="a.jsonl", file_sha1=accepted)) == EXPECTED
-    assert complaint(folder, file_name="a.jsonl", file_sha1=wrong) == (
-        f": the SHA-1 of {path} is {right}, expected {wrong} ('file_sha1'); get the file anew, or write its sum into "
-        "the registry"
-    )
+    with caplog.at_level(logging.WARNING):
+        assert asked(open_one(folder, file_name="a.jsonl", file_sha1=wrong)) == EXPECTED
+    (warning,) = caplog.records
+    assert right in warning.message and wrong in warning.message and "--strict_sha1" in warning.message
+    refused = complaint(folder, file_name="a.jsonl", file_sha1=wrong, options={"strict_sha1": True})
+    assert right in refused and wrong in refused
     (folder / "rows").mkdir()
     write_jsonl(folder / "rows" / "a.jsonl", ROWS)
     assert complaint(folder, file_name="rows", file_sha1=right) == (
@@ -360,6 +362,35 @@ def test_a_file_has_no_subset_folder_or_split(folder: Path, key: str):
         "script_url"
     )
     assert asked(open_one(folder, file_name="a.jsonl", split="train")) == EXPECTED
+
+
+def test_openai_messages_by_the_registry(folder: Path):
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    messages = [
+        {"role": "human", "content": "问"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "果"},
+        {"role": "assistant", "content": [{"type": "text", "text": "答"}]},
+    ]
+    write_jsonl(
+        folder / "a.jsonl", [{"messages": messages, "tools": [{"type": "function", "function": {"name": "f"}}]}]
+    )
+    block = {"formatting": "openai", "columns": {"tools": "tools"}, "tags": {"user_tag": "human"}}
+    assert list(open_one(folder, file_name="a.jsonl", **block)) == [
+        {
+            "tools": [{"name": "f"}],
+            "conversations": [
+                {"role": "user", "content": "问"},
+                {"role": "tool", "name": "f", "parameters": {"a": 1}, "observation": "果"},
+                {"role": "assistant", "content": "答"},
+            ],
+        }
+    ]
+
+
+def test_an_empty_instruction_leaves_the_input(folder: Path):
+    write_jsonl(folder / "a.jsonl", [{"instruction": "", "input": "问", "output": "答"}])
+    assert asked(open_one(folder, file_name="a.jsonl")) == [("问", "答")]
 
 
 def test_num_samples(folder: Path):
@@ -380,18 +411,19 @@ def test_columns_that_nothing_uses_are_told(folder: Path, caplog: pytest.LogCapt
     write_jsonl(folder / "a.jsonl", [{**row, "system": "你是助手。", "history": []} for row in ROWS])
     with caplog.at_level(logging.WARNING):
         list(open_one(folder, file_name="a.jsonl"))
-    assert [record.message for record in caplog.records] == [
-        f"{folder}/a.jsonl line 1: column 'system' is not used; list it in 'columns' of 'x' if it should be"
-    ]
+    (warning,) = caplog.records
+    assert warning.message == (
+        f"{folder}/a.jsonl: keys that are not read, with the records that have them: 'system' (4; list it in "
+        "'columns' of 'x' if it should be)"
+    )
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         list(open_one(folder, file_name="a.jsonl", columns={"system": "system"}))
     assert caplog.records == []
     with caplog.at_level(logging.WARNING):
         list(open_one(folder, "text", file_name="a.jsonl"))
-    assert [record.message for record in caplog.records] == [
-        f"{folder}/a.jsonl line 1: column 'output' is not used; stage pt reads 'instruction' alone"
-    ]
+    (warning,) = caplog.records
+    assert "'output' (4)" in warning.message and "'system' (4)" in warning.message
 
 
 def test_a_stage_that_does_not_fit(folder: Path):

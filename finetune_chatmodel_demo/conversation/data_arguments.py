@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.common.flags import check_range
+from finetune_chatmodel_demo.conversation.file_formats import Formatting
 
 AT_LEAST_ONE = (
     "max_samples",
@@ -25,6 +26,10 @@ class DataArguments:
     train_format: Literal["multi-turn", "input-output"] = field(
         default="multi-turn",
         metadata={"help": "multi-turn: records with 'conversations'; input-output: with 'prompt' and 'response'."},
+    )
+    formatting: Formatting | None = field(
+        default=None,
+        metadata={"help": "Format that the files have to be in; default: each record's keys tell."},
     )
     train_file: str | None = field(default=None, metadata={"help": "Training records: JSON array or JSON lines."})
     validation_file: str | None = field(default=None, metadata={"help": "Validation records, same format."})
@@ -63,6 +68,9 @@ class DataArguments:
         default=False, metadata={"help": "Read rows while training, for data that memory cannot hold; --max_steps."}
     )
     buffer_size: int = field(default=16384, metadata={"help": "--streaming: rows among which the order is random."})
+    strict_sha1: bool = field(
+        default=False, metadata={"help": "A file_sha1 of the registry that does not match is an error."}
+    )
     allow_dataset_scripts: bool = field(
         default=False, metadata={"help": "Run the Python program that a data set's script_url names."}
     )

@@ -8,6 +8,7 @@ Source of the rules: LLaMA-Factory's documentation of its data formats. See the 
 import json
 from typing import Any
 
+from finetune_chatmodel_demo.conversation.file_formats import read_content, read_loss, read_record
 from finetune_chatmodel_demo.conversation.registry import Columns, DatasetEntry, Tags, describe
 from finetune_chatmodel_demo.conversation.validation import RecordError
 
@@ -32,6 +33,8 @@ def convert_row(row: Any, entry: DatasetEntry, kind: str, where: str) -> dict[st
         raise RecordError(f"{where}: expected an object with the columns of {entry.name!r}, got {describe(row)}")
     if kind == "text":
         return {"text": need_text(row, "prompt", entry, where)}
+    if entry.formatting == "openai":
+        return convert_openai(row, entry, kind, where)
     convert = convert_alpaca if entry.formatting == "alpaca" else convert_sharegpt
     record = convert(row, entry, kind, where)
     tools = read_tools(row, entry.columns, where)
@@ -42,6 +45,35 @@ def needed_columns(entry: DatasetEntry) -> frozenset[str]:
     """The keys that every row has to have; the reader of a JSON file tells records apart by them."""
     column = entry.columns.messages if entry.formatting == "sharegpt" else entry.columns.prompt
     return frozenset([column] if column else [])
+
+
+def convert_openai(row: dict[str, Any], entry: DatasetEntry, kind: str, where: str) -> dict[str, Any]:
+    """The conversation of a row of OpenAI messages, as `file_formats` reads it from a file.
+
+    Args, returns and raises: see `convert_row`.
+    """
+    columns, tags = entry.columns, entry.tags
+    words = {"user": tags.user_tag, "assistant": tags.assistant_tag, "system": tags.system_tag}
+    roles = {written: role for role, written in words.items()}
+
+    def rename(message: Any) -> Any:
+        if not isinstance(message, dict):
+            return message
+        kept = {key: message[key] for key in message if key not in (tags.role_tag, tags.content_tag)}
+        role = message.get(tags.role_tag)
+        kept["role"] = roles.get(role, role) if isinstance(role, str) else role
+        return kept | {"content": message.get(tags.content_tag)}
+
+    given = {
+        "messages": [
+            rename(each) for each in read_list(need_cell(row, "messages", entry, where), columns.messages, where)
+        ]
+    }
+    for key in ("system", "tools", "chosen", "rejected"):
+        cell = get_cell(row, getattr(columns, key))
+        if cell is not None:
+            given[key] = [rename(each) for each in cell] if isinstance(cell, list) and key != "tools" else cell
+    return read_record(given, kind, where)
 
 
 def convert_alpaca(row: dict[str, Any], entry: DatasetEntry, kind: str, where: str) -> dict[str, Any]:
@@ -56,9 +88,11 @@ def convert_alpaca(row: dict[str, Any], entry: DatasetEntry, kind: str, where: s
     messages = system_message(row, columns, where)
     for question, answer in _read_history(get_cell(row, columns.history), columns.history, where):
         messages += [message("user", question), message("assistant", answer)]
-    prompt = need_text(row, "prompt", entry, where)
     query = read_text(get_cell(row, columns.query), columns.query, where)
-    messages.append(message("user", f"{prompt}\n{query}" if query.strip() else prompt))
+    prompt = get_cell(row, columns.prompt) if query.strip() else None
+    if not isinstance(prompt, str) or prompt.strip():
+        prompt = need_text(row, "prompt", entry, where)
+    messages.append(message("user", "\n".join(text for text in (prompt, query) if text.strip())))
     if kind == "multi-turn":
         return {"conversations": [*messages, message("assistant", need_text(row, "response", entry, where))]}
     chosen, rejected = _read_pair(row, entry, where)
@@ -153,7 +187,7 @@ def convert_reply(value: Any, tags: Tags, where: str) -> dict[str, Any]:
         return {"role": "tool", **read_call(content, where)}
     if role != tags.assistant_tag:
         raise RecordError(f"{where}: expected {tags.assistant_tag!r} or {tags.function_tag!r}, got {role!r}")
-    return _with_loss(message("assistant", _need_content(content, role, where)), value)
+    return _with_loss(message("assistant", _need_content(content, role, where)), value, where)
 
 
 class _Turns:
@@ -175,11 +209,11 @@ class _Turns:
                 call["observation"] = content
                 call = None
             elif role == self.tags.function_tag:
-                call = _with_loss({"role": "tool", **read_call(content, place), "observation": ""}, turn)
+                call = _with_loss({"role": "tool", **read_call(content, place), "observation": ""}, turn, place)
                 messages.append(call)
             else:
                 text = _need_content(content, role, place)
-                messages.append(_with_loss(message(self._canonical(role), text), turn))
+                messages.append(_with_loss(message(self._canonical(role), text), turn, place))
         self._check_end(is_open)
         return messages
 
@@ -277,6 +311,7 @@ def _read_message(value: Any, tags: Tags, where: str) -> tuple[str, Any]:
 
 
 def _need_content(content: Any, role: str, where: str) -> str:
+    content = read_content(content, where)
     if not isinstance(content, str):
         raise RecordError(f"{where}: the content of {role!r} must be a text, got {describe(content)}")
     if not content.strip():
@@ -284,9 +319,10 @@ def _need_content(content: Any, role: str, where: str) -> str:
     return content
 
 
-def _with_loss(canonical: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+def _with_loss(canonical: dict[str, Any], given: dict[str, Any], where: str) -> dict[str, Any]:
     """`loss` of a message is this project's own key, and holds in every format."""
-    return canonical if given.get("loss") is None else {**canonical, "loss": given["loss"]}
+    loss = read_loss(given, where)
+    return canonical if loss is None else {**canonical, "loss": loss}
 
 
 def get_cell(row: dict[str, Any], column: str | None) -> Any:
@@ -350,7 +386,7 @@ def read_list(value: Any, column: str | None, where: str) -> list[Any]:
 def read_tools(row: dict[str, Any], columns: Columns, where: str) -> list[Any]:
     """The tools of a row: a list, or JSON text of one; empty where there are none."""
     value = get_cell(row, columns.tools)
-    return [] if value is None or value == "" else read_list(value, columns.tools, where)
+    return [] if not value else read_list(value, columns.tools, where)
 
 
 def system_message(row: dict[str, Any], columns: Columns, where: str) -> list[dict[str, str]]:

@@ -225,7 +225,9 @@ def _run_builder(builder_class: type, entry: DatasetEntry, path: Path) -> Iterat
         if issubclass(builder_class, datasets.DatasetBuilder):
             options = {"cache_dir": cache, "config_name": entry.subset, "data_dir": entry.folder}
         builder = builder_class(**options)
-        generators = builder._split_generators(datasets.DownloadManager(data_dir=entry.folder))
+        generators = builder._split_generators(
+            datasets.DownloadManager(data_dir=entry.folder, base_path=str(path.parent))
+        )
         splits = {str(generator.name): generator for generator in generators}
         if entry.split not in splits:
             raise UserError(f"{entry.where}: {path} has no split {entry.split!r}; it has {', '.join(splits)}")

@@ -4,18 +4,18 @@ Look at a file with `inspect_data.py`.
 """
 
 import copy
-import difflib
 import itertools
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune_chatmodel_demo.common.errors import UserError
+from finetune_chatmodel_demo.common.errors import UserError, did_you_mean
+from finetune_chatmodel_demo.conversation.file_formats import MESSAGE_KEYS, MESSAGE_PARTS, TOP_KEYS, read_record
 from finetune_chatmodel_demo.conversation.readers import open_rows
 from finetune_chatmodel_demo.conversation.text_files import Located, RowReader, SkipsBadRecords
 from finetune_chatmodel_demo.conversation.validation import (
-    KNOWN_KEYS,
     OPTIONAL_KEYS,
     RECORD_FORMS,
     REQUIRED_KEYS,
@@ -49,6 +49,7 @@ def read_records(
     path: str | Path,
     kind: RecordKind = "multi-turn",
     on_bad_record: Literal["error", "skip"] = "error",
+    formatting: str | None = None,
 ) -> "RecordFile":
     """Opens a data file for lazy, validated reading.
 
@@ -56,13 +57,14 @@ def read_records(
         path: See `readers`.
         kind: Which keys a record has.
         on_bad_record: "error" raises at the first bad record, "skip" counts it and goes on.
+        formatting: The format that the file has to be in; None: each record's keys tell.
 
     Raises:
         FileNotFoundError: There is no such file.
         RecordError: While iterating: a bad record (with "error").
         UserError: While iterating: no good record, or an unreadable file.
     """
-    return RecordFile(open_rows(path, REQUIRED_KEYS[kind]), kind, on_bad_record)
+    return RecordFile(open_rows(path, REQUIRED_KEYS[kind]), kind, on_bad_record, formatting)
 
 
 class RecordSource(SkipsBadRecords):
@@ -83,7 +85,8 @@ class RecordSource(SkipsBadRecords):
         self.reader, self.path = reader, reader.path
         self.kind, self.on_bad_record = kind, on_bad_record
         self.forget_bad()
-        self._seen_keys: set[str] = set(KNOWN_KEYS)
+        self._unknown: Counter[str] = Counter()
+        self._has_reported = False
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for located in self.iterate_located():
@@ -101,6 +104,13 @@ class RecordSource(SkipsBadRecords):
 
     def _iterate(self) -> Iterator[Located]:
         self.forget_bad()
+        self._unknown.clear()
+        try:
+            yield from self._iterate_good()
+        finally:
+            self._report_unknown_keys()
+
+    def _iterate_good(self) -> Iterator[Located]:
         good_count = 0
         for located in self.reader.rows():
             where = self.where(located.number, located.line)
@@ -115,7 +125,7 @@ class RecordSource(SkipsBadRecords):
                 self.note_bad(str(error))
                 continue
             good_count += 1
-            self._warn_of_near_misses(record, where)
+            self._count_unknown_keys(located.value)
             yield Located(located.number, located.line, record)
         if self.bad_count and not good_count:
             raise UserError(f"all {self.bad_count} records of {self.path} are bad; the first: {self.bad_messages[0]}")
@@ -132,17 +142,41 @@ class RecordSource(SkipsBadRecords):
     def _expected_rows(self) -> str:
         return f"{RECORD_FORMS[self.kind]}, one a line or in an array"
 
-    def _warn_of_near_misses(self, record: dict[str, Any], where: str) -> None:
-        """An optional key that is misspelt would be ignored in silence: says so, once a key."""
-        for key in set(record).union(*record.get("conversations", ())) - self._seen_keys:
-            self._seen_keys.add(key)
-            for meant in difflib.get_close_matches(key.lower(), OPTIONAL_KEYS, n=1, cutoff=0.8):
-                logger.warning("%s: key %r is ignored; did you mean %r?", where, key, meant)
+    def _known_keys(self) -> tuple[frozenset[str], frozenset[str]]:
+        """The keys of a row, and those of its messages, that mean something."""
+        return TOP_KEYS, MESSAGE_PARTS
+
+    def _explain_unknown(self, key: str) -> str:
+        return did_you_mean(key.lower(), OPTIONAL_KEYS)
+
+    def _count_unknown_keys(self, row: dict[str, Any]) -> None:
+        """Counts what is there, not empty, and not read, of the record and of its messages."""
+        of_row, of_messages = self._known_keys()
+        self._unknown.update(key for key in row.keys() - of_row if row[key])
+        for key in MESSAGE_KEYS:
+            if isinstance(row.get(key), list):
+                found = set().union(*(message for message in row[key] if isinstance(message, dict)))
+                self._unknown.update(found - of_messages)
+
+    def _report_unknown_keys(self) -> None:
+        """Says once which keys mean nothing here: what is ignored in silence may have been meant."""
+        if not self._unknown or self._has_reported:
+            return
+        self._has_reported = True
+        named = [f"{key!r} ({count:,}{self._explain_unknown(key)})" for key, count in self._unknown.items()]
+        logger.warning("%s: keys that are not read, with the records that have them: %s", self.path, ", ".join(named))
 
 
 class RecordFile(RecordSource):
-    """The validated records of one file; see `RecordSource`."""
+    """The validated records of one file; see `RecordSource`. `formatting`: see `file_formats.read_record`."""
+
+    def __init__(self, reader: RowReader, kind: str, on_bad_record: str, formatting: str | None = None):
+        super().__init__(reader, kind, on_bad_record)
+        self.formatting = formatting
 
     def fingerprint(self) -> str:
         """What the records follow from, beside the file's content."""
-        return f"{type(self).__name__} {self.kind} {self.on_bad_record}"
+        return f"{type(self).__name__} {self.kind} {self.on_bad_record} {self.formatting}"
+
+    def _convert(self, row: Any, where: str) -> Any:
+        return read_record(row, self.kind, where, self.formatting)

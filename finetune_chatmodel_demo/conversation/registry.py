@@ -8,6 +8,7 @@ with `inspect_data.py --dataset NAME`; tested by `pytest tests/test_registry.py`
 import dataclasses
 import difflib
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable
@@ -19,8 +20,10 @@ from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.conversation.text_files import detect_encoding
 from finetune_chatmodel_demo.conversation.validation import STAGE_KINDS
 
+logger = logging.getLogger(__name__)
+
 REGISTRY_NAME = "dataset_info.json"
-FORMATTINGS = ("alpaca", "sharegpt")
+FORMATTINGS = ("alpaca", "sharegpt", "openai")
 MODELSCOPE_VARIABLE = "USE_MODELSCOPE_HUB"
 # Keys of LLaMA-Factory's registries that stand for something ChatGLM3 or this project has no use for. An entry that
 # has one is refused when it is used, so that it does not stand in the way of the others.
@@ -65,6 +68,9 @@ class Tags:
     system_tag: str = "system"
 
 
+OPENAI_TAGS = Tags("role", "content", "user", "assistant", "tool", "tool_calls", "system")
+
+
 @dataclass(frozen=True)
 class DatasetEntry:
     """One data set of a registry.
@@ -87,7 +93,7 @@ class DatasetEntry:
     subset: str | None = None
     folder: str | None = None
     ranking: bool = False
-    formatting: Literal["alpaca", "sharegpt"] = "alpaca"
+    formatting: Literal["alpaca", "sharegpt", "openai"] = "alpaca"
     split: str = "train"
     num_samples: int | None = None
     columns: Columns = field(default_factory=Columns)
@@ -174,7 +180,7 @@ def read_registry(dataset_dir: str | Path) -> dict[str, DatasetEntry]:
         raise UserError(f"{path} line {error.lineno}: not valid JSON: {error.msg}; repair it there") from None
     if not isinstance(blocks, dict):
         raise UserError(f'{path}: expected an object {{"NAME": {{...}}, ...}}, got {describe(blocks)}')
-    return {name: _read_entry(name, block, path) for name, block in blocks.items()}
+    return {name: _read_or_refuse(name, block, path) for name, block in blocks.items()}
 
 
 def choose_entries(registry: dict[str, DatasetEntry], names: str | Iterable[str]) -> list[DatasetEntry]:
@@ -222,6 +228,17 @@ def check_kind(entry: DatasetEntry, kind: str) -> None:
     )
 
 
+def _read_or_refuse(name: str, block: Any, path: Path) -> DatasetEntry:
+    """An entry, or one that is refused when it is used: it must not stand in the way of the others."""
+    try:
+        return _read_entry(name, block, path)
+    except UserError as error:
+        if not name.startswith("_"):  # "_comment"
+            logger.warning("%s; the data set cannot be used", error)
+        where = DatasetEntry(name=name, registry=path).where
+        return DatasetEntry(name=name, registry=path, unserved=(str(error).removeprefix(where).lstrip(": "),))
+
+
 def _read_entry(name: str, block: Any, path: Path) -> DatasetEntry:
     where = f"{path}: data set {name!r}"
     if not isinstance(block, dict):
@@ -232,7 +249,7 @@ def _read_entry(name: str, block: Any, path: Path) -> DatasetEntry:
             raise UserError(f"{where}: {part!r} must be an object, got {describe(block[part])}")
         unserved += _check_keys(block.get(part, {}), keys, where, part)
     values = {key: _read_value(key, value, where) for key, value in block.items() if key in TOP_KEYS}
-    columns, tags = _read_columns(block.get("columns", {}), block.get("tags", {}), where)
+    columns, tags = _read_columns(block.get("columns", {}), block.get("tags", {}), where, values.get("formatting"))
     values = {key: value for key, value in values.items() if value is not None} | {"columns": columns, "tags": tags}
     has_place = any(values.get(key) for key in PLACE_KEYS)
     if has_place:
@@ -278,9 +295,7 @@ def _read_value(key: str, value: Any, where: str) -> Any:
     elif key == "formatting" and value not in FORMATTINGS:
         near = difflib.get_close_matches(value.lower(), FORMATTINGS, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        if value == "openai":
-            hint = ", which with role_tag role, content_tag content, user_tag user … in 'tags' reads such messages"
-        raise UserError(f"{where}: formatting {value!r} is unknown; use alpaca or sharegpt{hint}")
+        raise UserError(f"{where}: formatting {value!r} is unknown; use {', '.join(FORMATTINGS)}{hint}")
     elif key == "file_sha1":
         value = value.lower()
         if not re.fullmatch("[0-9a-f]{40}", value):
@@ -288,8 +303,13 @@ def _read_value(key: str, value: Any, where: str) -> Any:
     return value
 
 
-def _read_columns(columns: dict[str, Any], tags: dict[str, Any], where: str) -> tuple[Columns, Tags]:
-    """What is not listed keeps its default; null or an empty text says that there is no such column."""
+def _read_columns(
+    columns: dict[str, Any], tags: dict[str, Any], where: str, formatting: str | None
+) -> tuple[Columns, Tags]:
+    """Where an entry lists the columns of prompt, query or response, those that it does not list are absent.
+
+    null or an empty text says that there is no such column.
+    """
     for part, block in (("columns", columns), ("tags", tags)):
         for key, value in block.items():
             is_optional = part == "columns" and key not in OLD_TAG_KEYS
@@ -305,13 +325,12 @@ def _read_columns(columns: dict[str, Any], tags: dict[str, Any], where: str) -> 
                 "remove one"
             )
     named = {key: value or None for key, value in columns.items() if key in COLUMN_KEYS and key not in OLD_TAG_KEYS}
-    # Of {"prompt": "input"} the query's default is "input" too; what is said of a column goes before a default.
-    taken = {
-        entry.name: None
-        for entry in dataclasses.fields(Columns)
-        if entry.name not in named and entry.default in set(named.values()) - {None}
-    }
-    return Columns(**named, **taken), Tags(**merged)
+    if formatting == "openai":
+        merged = dataclasses.asdict(OPENAI_TAGS) | merged
+        named = {"messages": "messages"} | named
+    elif any(named.get(key) for key in ("prompt", "query", "response")):
+        named = {"prompt": None, "query": None, "response": None} | named
+    return Columns(**named), Tags(**merged)
 
 
 def _refuse_doubles(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:

@@ -13,15 +13,13 @@ from typing import Any, Literal
 
 from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.common.files import hash_file
+from finetune_chatmodel_demo.conversation.file_formats import MESSAGE_PARTS
 from finetune_chatmodel_demo.conversation.formats import convert_row, needed_columns
 from finetune_chatmodel_demo.conversation.hubs import open_hub, open_script
 from finetune_chatmodel_demo.conversation.readers import EXTENSIONS, READERS, FolderRows, open_rows
 from finetune_chatmodel_demo.conversation.records import RecordSource
 from finetune_chatmodel_demo.conversation.registry import DatasetEntry, check_kind
 from finetune_chatmodel_demo.conversation.text_files import Located, RowReader
-
-# Columns that are None by default: a row that has one of this name would be read without it.
-OPTIONAL_COLUMNS = ("history", "system", "tools", "chosen", "rejected")
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +32,7 @@ def open_dataset(
     on_bad_record: Literal["error", "skip"] = "error",
     allow_dataset_scripts: bool = False,
     streaming: bool = False,
+    strict_sha1: bool = False,
 ) -> "DatasetSource":
     """Opens a data set for lazy, validated reading.
 
@@ -43,6 +42,7 @@ def open_dataset(
         kind: What the stage needs; see `records.STAGE_KINDS`.
         on_bad_record: "error" raises at the first bad row, "skip" counts it.
         allow_dataset_scripts: Whether the program that script_url names may run.
+        strict_sha1: A `file_sha1` that does not match is an error, not a warning.
         streaming: Read a hub's data set while iterating, without downloading all of it first.
 
     Raises:
@@ -50,7 +50,7 @@ def open_dataset(
     """
     check_kind(entry, kind)
     if entry.origin == "file":
-        reader = open_files(entry, Path(dataset_dir), needed_columns(entry))
+        reader = open_files(entry, Path(dataset_dir), needed_columns(entry), strict_sha1)
     elif entry.origin == "script":
         reader = open_script(entry, Path(dataset_dir), is_allowed=allow_dataset_scripts)
     else:
@@ -67,7 +67,6 @@ class DatasetSource(RecordSource):
     def __init__(self, entry: DatasetEntry, reader: RowReader, kind: str, on_bad_record: str):
         super().__init__(reader, kind, on_bad_record)
         self.entry = entry
-        self._seen_columns: set[str] = set()
 
     def _iterate(self) -> Iterator[Located]:
         if self.entry.num_samples is None:
@@ -91,39 +90,33 @@ class DatasetSource(RecordSource):
         return f"{type(self).__name__} {self.kind} {self.on_bad_record} {type(self.reader).__name__} {self.entry}"
 
     def _convert(self, row: Any, where: str) -> dict[str, Any]:
-        record = convert_row(row, self.entry, self.kind, where)
-        self._warn_of_unused_columns(row, where)
-        return record
+        return convert_row(row, self.entry, self.kind, where)
+
+    def _known_keys(self) -> tuple[frozenset[str], frozenset[str]]:
+        columns, tags = self.entry.columns, vars(self.entry.tags).values()
+        used = [columns.prompt] if self.kind == "text" else vars(columns).values()
+        return frozenset(filter(None, used)), MESSAGE_PARTS | frozenset(tags)
+
+    def _explain_unknown(self, key: str) -> str:
+        is_role = key in vars(self.entry.columns) and self.kind != "text"
+        return f"; list it in 'columns' of {self.entry.name!r} if it should be" if is_role else ""
 
     def _expected_rows(self) -> str:
         return f"rows of the data set {self.entry.name!r}"
 
-    def _warn_of_unused_columns(self, row: dict[str, Any], where: str) -> None:
-        """A column that is there and not used would be ignored in silence: says so, once a column."""
-        columns = vars(self.entry.columns)
-        if self.kind == "text":
-            unused = [columns[role] for role in ("query", "response") if columns[role] != columns["prompt"]]
-            remedy = f"stage pt reads {columns['prompt']!r} alone"
-        else:
-            unused = [name for name in OPTIONAL_COLUMNS if name not in columns.values()]
-            remedy = f"list it in 'columns' of {self.entry.name!r} if it should be"
-        for name in unused:
-            if row.get(name) and name not in self._seen_columns:
-                self._seen_columns.add(name)
-                logger.warning("%s: column %r is not used; %s", where, name, remedy)
 
-
-def open_files(entry: DatasetEntry, dataset_dir: Path, needed: frozenset[str]) -> RowReader:
+def open_files(entry: DatasetEntry, dataset_dir: Path, needed: frozenset[str], strict_sha1: bool = False) -> RowReader:
     """Opens what `file_name` names, in the registry's folder: a file, or a folder of files.
 
     Args:
         entry: The data set.
         dataset_dir: The registry's folder.
         needed: Keys that every row has; they tell records of a broken JSON file apart.
+        strict_sha1: See `open_dataset`.
 
     Raises:
-        UserError: There is no such file, its extension is unknown, its SHA-1 is not `file_sha1`, or the entry has
-            a key that only hubs and scripts know.
+        UserError: There is no such file, its extension is unknown, its SHA-1 is not `file_sha1` (strict), or the entry
+            has a key that only hubs and scripts know.
     """
     for key in ("subset", "folder", "split"):
         if getattr(entry, key) != getattr(DatasetEntry, key):
@@ -142,7 +135,7 @@ def open_files(entry: DatasetEntry, dataset_dir: Path, needed: frozenset[str]) -
     if path.suffix.lower() not in READERS:
         raise UserError(f"{entry.where}: {path} is no data file that can be read; use {EXTENSIONS}")
     if entry.file_sha1:
-        _check_sha1(entry, path)
+        _check_sha1(entry, path, strict_sha1)
     return open_rows(path, needed)
 
 
@@ -159,10 +152,12 @@ def _open_folder(entry: DatasetEntry, path: Path, needed: frozenset[str]) -> Row
     return FolderRows(path, [open_rows(file, needed) for file in files])
 
 
-def _check_sha1(entry: DatasetEntry, path: Path) -> None:
+def _check_sha1(entry: DatasetEntry, path: Path, is_strict: bool) -> None:
+    """The sum is a help and no lock: everybody edits self_cognition.json."""
     found = hash_file(path, "sha1")
-    if found != entry.file_sha1:
-        raise UserError(
-            f"{entry.where}: the SHA-1 of {path} is {found}, expected {entry.file_sha1} ('file_sha1'); get the file "
-            "anew, or write its sum into the registry"
-        )
+    if found == entry.file_sha1:
+        return
+    message = f"{entry.where}: the SHA-1 of {path} is {found}, expected {entry.file_sha1} ('file_sha1')"
+    if is_strict:
+        raise UserError(f"{message}; get the file anew, write its sum into the registry, or drop --strict_sha1")
+    logger.warning("%s: the file was changed; --strict_sha1 refuses it", message)

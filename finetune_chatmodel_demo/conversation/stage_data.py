@@ -250,7 +250,7 @@ def open_sources(data: DataArguments, stage: Stage) -> tuple[list[NamedSource], 
 def _open(data: DataArguments, stage: Stage, file: str | None, names: str | None) -> list[NamedSource]:
     kind = data.train_format if stage == "sft" else STAGE_KINDS[stage]
     if file:
-        sources = [NamedSource(Path(file).name, read_records(file, kind, data.on_bad_record))]
+        sources = [NamedSource(Path(file).name, read_records(file, kind, data.on_bad_record, data.formatting))]
     elif names:
         sources = _open_registry(data, kind, names)
     else:
@@ -275,6 +275,7 @@ def _open_registry(data: DataArguments, kind: str, names: str) -> list[NamedSour
                 on_bad_record=data.on_bad_record,
                 allow_dataset_scripts=data.allow_dataset_scripts,
                 streaming=data.streaming,
+                strict_sha1=data.strict_sha1,
             ),
         )
         for entry in choose_entries(read_registry(folder), names)

@@ -37,8 +37,7 @@ ROLE_ALIASES = {
     "ai": "assistant",
     "model": "assistant",
 }
-OPTIONAL_KEYS = ("tools", "loss")
-KNOWN_KEYS = frozenset(KEY_ALIASES) | frozenset(OPTIONAL_KEYS) | {"metadata", "column"}
+OPTIONAL_KEYS = ("tools", "loss", "weight", "history", "system")
 
 
 class RecordError(UserError):
@@ -127,15 +126,17 @@ def _validate_message(message: Any, where: str) -> None:
         _require_text(_require(message, "observation", object, where), "observation", where)
     else:
         _require_text(_require(message, "content", str, where), "content", where)
+    if role == "system" and message.get("tools") is not None:
+        _require_text(_require(message, "tools", list, where), "tools", where)
     if message.get("loss") not in (None, True, False):
-        raise RecordError(f"{where}: 'loss' must be true or false, got {_shorten(message['loss'])}")
-    if role == "assistant" and message.get("metadata") is not None:
+        raise RecordError(f"{where}: 'loss' must be true or false, got {shorten(message['loss'])}")
+    if message.get("metadata") is not None:
         _require(message, "metadata", str, where)
 
 
 def _require_object(value: Any, where: str, form: str) -> None:
     if not isinstance(value, dict):
-        raise RecordError(f"{where}: expected an object {form}, got {_shorten(value)}")
+        raise RecordError(f"{where}: expected an object {form}, got {shorten(value)}")
 
 
 def _require(owner: dict[str, Any], key: str, kind: type, where: str) -> Any:
@@ -147,7 +148,7 @@ def _require(owner: dict[str, Any], key: str, kind: type, where: str) -> Any:
         hint = f"; did you mean {key!r} where it says {near[0]!r}?" if near else ""
         raise RecordError(f"{where}: key {key!r} is missing; found {', '.join(map(repr, found)) or 'no keys'}{hint}")
     if not isinstance(owner[key], kind):
-        raise RecordError(f"{where}: {key!r} must be {KIND_NAMES[kind]}, got {_shorten(owner[key])}")
+        raise RecordError(f"{where}: {key!r} must be {KIND_NAMES[kind]}, got {shorten(owner[key])}")
     return owner[key]
 
 
@@ -162,7 +163,8 @@ def _require_text(value: Any, key: str, where: str) -> None:
             raise RecordError(f"{where}: {key!r} holds {half}, half of a character; remove it") from None
 
 
-def _shorten(value: Any) -> str:
+def shorten(value: Any) -> str:
+    """A value for a message: its kind and how it begins."""
     text = json.dumps(value, ensure_ascii=False)
     name = next((name for kind, name in KIND_NAMES.items() if isinstance(value, kind)), "null")
     return f"{name} {text[:60]}{'...' if len(text) > 60 else ''}" if value is not None else "null"
