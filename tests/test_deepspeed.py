@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import socket
@@ -18,8 +19,8 @@ from training_helpers import flags, losses, make_model, read_log, train, write_c
 
 from finetune_chatmodel_demo.chatglm3 import ChatGLM3Config, ChatGLM3ForCausalLM, load_model, load_tokenizer
 from finetune_chatmodel_demo.common.errors import UserError
-from finetune_chatmodel_demo.training.checkpoints import find_last_checkpoint
-from finetune_chatmodel_demo.training.zero import LONGEST_BUILD, remove_stale_locks
+from finetune_chatmodel_demo.training.checkpoints import MANIFEST, find_last_checkpoint
+from finetune_chatmodel_demo.training.zero import LONGEST_BUILD, check_pickles, remove_stale_locks
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIGS = REPOSITORY / "finetune_chatmodel_demo" / "configs"
@@ -463,3 +464,68 @@ def test_locks_of_builds_that_were_killed_are_removed(tmp_path, monkeypatch, cap
     monkeypatch.setattr(Path, "unlink", refuse)
     with pytest.raises(UserError, match=r"it cannot be removed .read-only.: remove it, or name another folder"):
         remove_stale_locks()
+
+
+# Pickles in checkpoints
+
+
+class Evil:
+    """Pickled, it writes a file when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def plant(file: Path, mark: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"module": {"weight": torch.zeros(2)}, "ds_version": Evil(mark)}, file)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "global_step2/mp_rank_00_model_states.pt",
+        "global_step2/zero_pp_rank_1_mp_rank_00_optim_states.pt",
+        "universal/zero/weight/fp32.pt",
+    ],
+)
+def test_a_planted_pickle_is_refused_unread(name, tmp_path):
+    (tmp_path / "latest").write_text("global_step2")
+    plant(tmp_path / name, tmp_path / "mark")
+    with pytest.raises(UserError, match=r"holds more than data \(posix\.system\).*--trust_checkpoint True") as told:
+        check_pickles(tmp_path)
+    assert str(tmp_path / name) in str(told.value) and "weights_only" not in str(told.value)
+    assert not (tmp_path / "mark").exists()
+    check_pickles(tmp_path, is_trusted=True)
+    torch.save({"module": {"weight": torch.zeros(2)}, "step": 2}, tmp_path / name)
+    check_pickles(tmp_path)
+    (tmp_path / name).write_bytes(pickle.dumps({"step": 2}))  # not as torch writes: DeepSpeed would unpickle it
+    with pytest.raises(UserError, match="cannot be read as data"):
+        check_pickles(tmp_path)
+
+
+@pytest.mark.parametrize("tag", ["../elsewhere", "/elsewhere", "global_step2/../../elsewhere"])
+def test_a_tag_that_leads_out_of_the_checkpoint_is_refused(tag, tmp_path):
+    (tmp_path / "latest").write_text(tag)
+    with pytest.raises(UserError, match="leads out of the checkpoint"):
+        check_pickles(tmp_path)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_does_not_go_on_from_a_planted_pickle(runs, tmp_path, processes):
+    """Neither DeepSpeed nor the conversion for another number of processes opens it."""
+    output = runs.copy_until(2, "zero2/ptuning", f"planted{processes}")
+    checkpoint = output / "checkpoint-2"
+    plant(next(checkpoint.glob("global_step2/*model_states.pt")), tmp_path / "mark")
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    for name in manifest["files"]:  # as whoever plants it would write it
+        manifest["files"][name] = (checkpoint / name).stat().st_size
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    given = options(processes, "ptuning", "zero2", resume_from_checkpoint=True)
+    with pytest.raises(AssertionError, match=r"holds more than data \(posix\.system\)"):
+        launch(processes, [runs.command(output, given)], tmp_path)
+    assert not (tmp_path / "mark").exists()
+    assert not (checkpoint / "universal").exists()

@@ -1,5 +1,6 @@
 """Runs that survive: SIGTERM, SIGKILL at random moments, full disks; and run_manifest.json with --replay."""
 
+import contextlib
 import errno
 import itertools
 import json
@@ -8,11 +9,14 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import REPOSITORY
 from safetensors.torch import load_file
 from training_helpers import decide, flags, losses, train
 
@@ -147,6 +151,83 @@ def test_a_full_disk_leaves_nothing_half_written(model, data, tmp_path, monkeypa
     assert [path.name for path in checkpoints.list_checkpoints(tmp_path / "o")] == ["checkpoint-2"]
     assert not list((tmp_path / "o").glob(f"{files.PARTIAL_PREFIX}*"))
     assert train(model, data, tmp_path / "o", resume_from_checkpoint=True, **options) == 0
+
+
+@pytest.mark.parametrize("kilobytes", [40, 120, 200, 260])
+def test_a_disk_that_is_really_full(model, data, tmp_path, kilobytes):
+    """Whatever is being written when it is full: one line with a remedy, nothing unfinished, and a way to go on."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "none", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("file systems cannot be mounted here")
+    try:
+        options = {"pre_seq_len": 32, "max_steps": 6, "save_steps": 1, "plot_loss": kilobytes < 100}
+        printed = tmp_path / "printed"
+        with printed.open("w") as errors, contextlib.redirect_stderr(errors):
+            assert train(model, data, disk / "o", **options) == 2
+        error = printed.read_text()
+        assert "No space left on device" in error and "make room" in error
+        assert "Traceback" not in error and "weights_only" not in error
+        assert [path.name for path in disk.rglob("*") if path.name.startswith(files.PARTIAL_PREFIX)] == []
+        whole = checkpoints.list_checkpoints(disk / "o")
+        assert all(checkpoints.read_whole_checkpoint(folder) for folder in whole)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_what_a_dead_run_left_is_removed_at_the_next_start(model, data, tmp_path):
+    (tmp_path / "o" / ".partial-checkpoint-3").mkdir(parents=True)
+    (tmp_path / "o" / ".partial-checkpoint-3" / "optimizer.pt").write_bytes(b"x")
+    (tmp_path / "o" / ".partial-run_manifest.json").write_text("{")
+    (tmp_path / "o" / files.LOCK_FILE).write_text("process 1 on nowhere")
+    assert train(model, data, tmp_path / "o", pre_seq_len=4, max_steps=1) == 0
+    assert [path.name for path in (tmp_path / "o").iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_symbolic_link_among_the_checkpoints_goes_and_what_it_names_stays(model, data, tmp_path):
+    options = {"pre_seq_len": 4, "save_steps": 1, "resume_from_checkpoint": True}
+    assert train(model, data, tmp_path / "o", max_steps=2, **options) == 0
+    (tmp_path / "o" / "checkpoint-1").rename(tmp_path / "elsewhere")
+    (tmp_path / "o" / "checkpoint-1").symlink_to(tmp_path / "elsewhere")
+    assert train(model, data, tmp_path / "o", max_steps=4, save_total_limit=2, **options) == 0
+    names = [path.name for path in checkpoints.list_checkpoints(tmp_path / "o")]
+    assert names == ["checkpoint-3", "checkpoint-4"]
+    assert checkpoints.read_whole_checkpoint(tmp_path / "elsewhere")["step"] == 1
+
+
+# Two runs
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from finetune_chatmodel_demo.common.files import hold_folder
+with hold_folder(Path(sys.argv[1]), "--output_dir"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(model, data, tmp_path, capsys):
+    output = tmp_path / "o"
+    command = [sys.executable, "-c", HOLD, output]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        assert first.stdout.readline() == b"held\n"
+        assert train(model, data, output, pre_seq_len=4) == 2
+        error = capsys.readouterr().err
+        assert f"--output_dir {output} is in use" in error and f"process {first.pid} on" in error
+        assert [path.name for path in output.iterdir()] == [files.LOCK_FILE]
+        first.kill()
+        first.wait()
+    assert train(model, data, output, pre_seq_len=4, max_steps=1) == 0  # a dead process holds nothing
+    assert not (output / files.LOCK_FILE).exists()
+
+
+def test_a_folder_that_was_made_for_nothing_goes_again(tmp_path):
+    with pytest.raises(ZeroDivisionError), files.hold_folder(tmp_path / "a" / "o", "--output_dir"):
+        raise ZeroDivisionError
+    assert not (tmp_path / "a" / "o").exists()
 
 
 def test_an_output_folder_that_cannot_be_written_to_is_refused_at_once(model, data, tmp_path, monkeypatch, capsys):

@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +19,7 @@ from finetune_chatmodel_demo.common.errors import UserError
 
 PARTIAL_PREFIX = ".partial-"
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+LOCK_FILE = ".lock"
 
 
 def partial_path(path: Path) -> Path:
@@ -137,6 +139,61 @@ def remove_leftovers(folder: Path) -> None:
     """Removes what killed runs had not finished writing into `folder`."""
     for path in folder.glob(f"{PARTIAL_PREFIX}*"):
         remove_tree(path)
+
+
+@contextmanager
+def hold_folder(folder: Path, option: str) -> Iterator[None]:
+    """Keeps other processes from holding the same folder in the meantime; a killed process holds nothing any more.
+
+    The lock is a file in the folder. A folder that is made for it and stays empty goes again.
+
+    Args:
+        folder: is made where there is none.
+        option: names it in the message.
+
+    Raises:
+        UserError: when another process holds it.
+    """
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    file = _lock(folder, option)
+    try:
+        yield
+    finally:
+        if file is not None:
+            (folder / LOCK_FILE).unlink(missing_ok=True)
+            file.close()
+        if is_new:
+            with suppress(OSError):  # not empty
+                folder.rmdir()
+
+
+def _lock(folder: Path, option: str) -> IO[str] | None:
+    """The open lock file; None where the system, or the file system, has no locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    while True:
+        file = (folder / LOCK_FILE).open("a+", encoding="utf-8")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return None
+            raise UserError(
+                f"{option} {folder} is in use by a run at work ({holder}); wait for its end, or choose another folder"
+            ) from error
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK_FILE)):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {platform.node()}\n")
+                file.flush()
+                return file
+        file.close()  # its holder has just removed it
 
 
 def flush(path: Path) -> None:

@@ -206,6 +206,13 @@ class RunArguments:
             "and all processes wait while a checkpoint is written and read."
         },
     )
+    trust_checkpoint: bool = field(
+        default=False,
+        metadata={
+            "help": "I made the DeepSpeed checkpoint that the run goes on with: read it although it holds more than "
+            "data, which may run code."
+        },
+    )
     dry_run: bool = field(
         default=False,
         metadata={"help": "Read the data, show its table and what the run will need, and stop; writes nothing."},

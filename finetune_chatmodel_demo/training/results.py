@@ -313,8 +313,11 @@ def plot_curves(log_history: list[dict[str, Any]], folder: str | Path) -> list[P
             return written
         if figure is not None:
             path = Path(folder) / file
-            figure.savefig(partial_path(path), format="png")
-            os.replace(partial_path(path), path)
+            try:
+                figure.savefig(partial_path(path), format="png")
+                os.replace(partial_path(path), path)
+            finally:
+                partial_path(path).unlink(missing_ok=True)
             written.append(path)
     return written
 

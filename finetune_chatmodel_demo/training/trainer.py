@@ -40,7 +40,7 @@ from finetune_chatmodel_demo.training.sampling import (
 )
 from finetune_chatmodel_demo.training.settings import Settings
 from finetune_chatmodel_demo.training.watch import LearningWatch
-from finetune_chatmodel_demo.training.zero import gather_parameters, leave_out_frozen
+from finetune_chatmodel_demo.training.zero import check_pickles, gather_parameters, leave_out_frozen
 
 RESULT = "result"
 
@@ -351,6 +351,7 @@ class RunTrainer(Trainer):
         if self.has_shared_weights:
             load_shared(self.model, self.settings, best)
         elif self.is_deepspeed_enabled and self.deepspeed is not None and self.settings.method == FULL:
+            check_pickles(Path(best), self.settings.run.trust_checkpoint)
             super()._load_best_model()
         else:
             load_trained(self.model, self.settings, best)

@@ -1,13 +1,14 @@
 """A fine-tuning run from its settings to its result."""
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerState, set_seed
 
 from finetune_chatmodel_demo.common.errors import UserError
-from finetune_chatmodel_demo.common.files import remove_leftovers, write_json
+from finetune_chatmodel_demo.common.files import hold_folder, remove_leftovers, write_json
 from finetune_chatmodel_demo.conversation.stage_data import StageData, build_stage_data
 from finetune_chatmodel_demo.training.base_model import load_base_tokenizer
 from finetune_chatmodel_demo.training.callbacks import RunStopped, StopOnSignal, stopped_early
@@ -30,7 +31,7 @@ from finetune_chatmodel_demo.training.results import (
 from finetune_chatmodel_demo.training.settings import Settings
 from finetune_chatmodel_demo.training.start_plan import describe_dry_run, warn_of_memory
 from finetune_chatmodel_demo.training.trainer import RunTrainer
-from finetune_chatmodel_demo.training.zero import take_up_other_processes
+from finetune_chatmodel_demo.training.zero import check_pickles, take_up_other_processes
 
 SETTINGS_FILE = "settings.json"
 
@@ -54,12 +55,20 @@ def run_finetuning(settings: Settings) -> RunTrainer | None:
     """
     args = settings.training
     set_seed(args.seed)
+    if settings.run.dry_run:
+        _print_dry_run(settings, _read_data(settings, load_base_tokenizer(settings.model.model_name_or_path)))
+        return None
+    # Two runs in one folder would remove each other's checkpoints. On several nodes the first process holds it.
+    is_first = args.process_index == 0
+    with hold_folder(Path(args.output_dir), "--output_dir") if is_first else nullcontext():
+        return _run(settings)
+
+
+def _run(settings: Settings) -> RunTrainer:
+    args = settings.training
     tokenizer = load_base_tokenizer(settings.model.model_name_or_path)
     # Data first: its errors show before gigabytes of weights are read.
     data = _read_data(settings, tokenizer)
-    if settings.run.dry_run:
-        _print_dry_run(settings, data)
-        return None
     model = prepare_model(settings)
     trainer = trainer_class(settings.stage.stage)(model, settings, tokenizer, data.train, data.validation)
     trainer.add_callback(TrainerLog(args.output_dir))
@@ -211,6 +220,8 @@ def _train(settings: Settings, trainer: RunTrainer, at_end: TrainerState | None)
         if trainer.args.load_best_model_at_end and at_end.best_model_checkpoint:
             trainer._load_best_model()
         return
+    if trainer.is_deepspeed_enabled:
+        check_pickles(checkpoint, settings.run.trust_checkpoint)
     before = read_manifest(checkpoint).get("run", {}).get("processes", trainer.args.world_size)
     if trainer.is_deepspeed_enabled and before != trainer.args.world_size:
         take_up_other_processes(trainer, checkpoint, before)

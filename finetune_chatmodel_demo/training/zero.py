@@ -5,9 +5,11 @@ ZeRO-3   the weights are shared out as well, from the moment they are loaded
 """
 
 import contextlib
+import importlib
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +29,12 @@ from finetune_chatmodel_demo.training.run_shape import Zero
 
 # Beside DeepSpeed's files in a checkpoint, while a run with another number of processes takes it up.
 UNIVERSAL, LATEST_UNIVERSAL = "universal", "latest_universal"
+# What DeepSpeed's files hold beside tensors, numbers and texts: classes of settings and of loss scales.
+HARMLESS = {
+    "deepspeed.runtime.fp16.loss_scaler": ("LossScaler", "DynamicLossScaler"),
+    "deepspeed.runtime.zero.config": ("ZeroStageEnum",),
+    "deepspeed.utils.tensor_fragment": ("fragment_address",),
+}
 # Seconds. One of its extensions took two minutes on two busy cores.
 LONGEST_BUILD = 900
 
@@ -119,6 +127,40 @@ def gather_parameters(model: nn.Module, *, only_trained: bool = False) -> dict[s
             if is_first:
                 state[name] = parameter.detach().cpu().clone()
     return state
+
+
+def check_pickles(checkpoint: Path, is_trusted: bool = False) -> None:
+    """Refuses a checkpoint whose DeepSpeed files hold anything but data, before DeepSpeed, which runs it, opens them.
+
+    Args:
+        checkpoint: a folder with `latest`, which names the folder of DeepSpeed's files in it.
+        is_trusted: the user says that he made it himself (--trust_checkpoint).
+
+    Raises:
+        UserError: names the file and what it would call.
+    """
+    if is_trusted:
+        return
+    for name in ("latest", LATEST_UNIVERSAL):
+        tag = (checkpoint / name).read_text(encoding="utf-8").strip() if (checkpoint / name).is_file() else ""
+        if Path(tag).is_absolute() or ".." in Path(tag).parts:
+            raise UserError(f"{checkpoint / name} leads out of the checkpoint, to {tag!r}; it is not read")
+    known = []
+    for module, names in HARMLESS.items():
+        with contextlib.suppress(ImportError, AttributeError):  # versions of DeepSpeed differ
+            known += [getattr(importlib.import_module(module), each) for each in names]
+    # What lies beside these folders is read by transformers, as data.
+    for path in sorted(path for path in checkpoint.glob("*/**/*") if path.is_file()):
+        try:
+            with torch.serialization.safe_globals(known):
+                torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:
+            found = re.search(r"GLOBAL ([\w.]+)", str(error))
+            reason = found[1] if found else "it cannot be read as data"
+            raise UserError(
+                f"{path} holds more than data ({reason}), which DeepSpeed would run; take another checkpoint, or add "
+                "--trust_checkpoint True if you made this one yourself"
+            ) from None
 
 
 class _FinishUniversal(TrainerCallback):
