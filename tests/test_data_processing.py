@@ -592,7 +592,7 @@ print("PEAK_KIB", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_memory_does_not_grow_with_the_rows(tmp_path):
     (tmp_path / "template.yaml").write_text(GOOD, encoding="utf-8")
     peaks = []

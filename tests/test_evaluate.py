@@ -317,7 +317,6 @@ def test_candidates_on_conversation_files(capsys, tmp_path, data, base, prefix):
     assert [candidate["kind"] for candidate in result["candidates"]] == ["base", "prefix"]
 
 
-@pytest.mark.slow
 def test_the_folder_alone_says_what_is_missing(tmp_path, base, data):
     """Copied without data_processing: --csv says so, --data works."""
     shutil.copytree(REPOSITORY / "finetune_chatmodel_demo", tmp_path / "finetune_chatmodel_demo")

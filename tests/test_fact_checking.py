@@ -217,7 +217,7 @@ def test_one_answer_to_everything_scores_what_its_value_is_worth(kanto):
 
 def test_listing_everything_scores_nothing_in_any_column(national):
     """All values of a column in one reply: exact for nobody."""
-    subjects = list(national.cells)[::40]
+    subjects = list(national.cells)[::150]
     for column, field in national.fields.items():
         if field.kind in ("list", "text"):
             reply = "、".join(sorted(field.vocabulary))

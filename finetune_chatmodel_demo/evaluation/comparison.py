@@ -5,7 +5,6 @@ The keys are documented in evaluate.py.
 
 import itertools
 import math
-import random
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -183,21 +182,15 @@ def bootstrap_difference(
         clusters: the conversation that each question is from: questions of one are drawn together, because an early
             mistake spoils the later replies.
     """
-    if not len(first) == len(second) == len(clusters) or not first:
-        raise ValueError(f"{len(first)}, {len(second)} and {len(clusters)} scores do not pair up")
-    sums: dict[int, list[float]] = {}
-    for a, b, cluster in zip(first, second, clusters):
-        total = sums.setdefault(cluster, [0.0, 0])
-        total[0] += b - a
-        total[1] += 1
-    pairs = list(sums.values())
-    draw = random.Random(seed)
-    means = []
-    for _ in range(RESAMPLES):
-        chosen = draw.choices(pairs, k=len(pairs))
-        means.append(sum(total for total, _ in chosen) / sum(count for _, count in chosen))
-    means.sort()
-    return means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES) - 1]
+    import numpy
+    import pandas
+
+    assert len(first) == len(second) == len(clusters) > 0, "scores do not pair up"
+    differences = pandas.Series(second, dtype=float) - pandas.Series(first, dtype=float)
+    talks = differences.groupby(list(clusters)).agg(["sum", "size"]).to_numpy()
+    drawn = talks[numpy.random.default_rng(seed).integers(len(talks), size=(RESAMPLES, len(talks)))].sum(axis=1)
+    low, high = numpy.quantile(drawn[:, 0] / drawn[:, 1], (0.025, 0.975))
+    return float(low), float(high)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@
 For `--eval_steps`, for keeping the best checkpoint, for stopping early. Exercised by `pytest tests/test_sample.py`.
 """
 
+import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,6 @@ def build_training_evaluator(
     *,
     count: int = 64,
     seed: int = 0,
-    groups: Sequence[str] | None = None,
     prompt_format: str = "multi-turn",
     max_new_tokens: int | None = None,
     batch_size: int = 32,
@@ -104,11 +104,10 @@ def build_training_evaluator(
     """Choose the questions.
 
     Args:
-        source: a question set (from a CSV and a template: `data_processing.question_builder.read_and_build`), a file of
+        source: a question set (from a CSV and a template: `question_building.read_and_build`), a file of
             one, or a file of conversations, whose replies must then equal the reference.
-        count: questions, about the same number of each group.
+        count: questions, as many of each group: trained and unseen phrasings, or all where there is neither.
         seed: of the choice.
-        groups: of a question set; default: trained and unseen phrasings, or all where it has neither.
         max_new_tokens: longest reply; default: what the references need.
 
     Raises:
@@ -118,7 +117,7 @@ def build_training_evaluator(
         raise UserError(f"the number of questions is {count}; it must be at least 1")
     if isinstance(source, QuestionSet) or is_question_file(Path(source)):
         found = source if isinstance(source, QuestionSet) else read_question_file(source)
-        questions: Any = _choose_dialogues(found, groups, count, seed)
+        questions: Any = _choose_dialogues(found, count, seed)
         cap = choose_cap(tokenizer, questions)
     else:
         questions = tuple(read_questions(source, count, seed)[0])
@@ -126,30 +125,19 @@ def build_training_evaluator(
     return TrainingEvaluator(questions, tokenizer, prompt_format, max_new_tokens or cap, batch_size)
 
 
-def _choose_dialogues(questions: QuestionSet, groups: Sequence[str] | None, count: int, seed: int) -> QuestionSet:
+def _choose_dialogues(questions: QuestionSet, count: int, seed: int) -> QuestionSet:
     """Whole dialogues, the groups in turn, until they have `count` questions."""
-    there = {turn.group for turn in questions.turns}
-    wanted = groups or [group for group in DEFAULT_GROUPS if group in there] or sorted(there)
-    if missing := [group for group in wanted if group not in there]:
-        raise UserError(
-            f"there are no questions of the group {missing[0]!r}; the groups are {', '.join(sorted(there))}"
-        )
+    groups = {dialogue.turns[0].group for dialogue in questions.dialogues}
     draw = random.Random(seed)
     piles: list[list[Dialogue]] = []
-    for group in wanted:
+    for group in [group for group in DEFAULT_GROUPS if group in groups] or sorted(groups):
         pile = [dialogue for dialogue in questions.dialogues if dialogue.turns[0].group == group]
-        pile = pile or [d for d in questions.dialogues if group in {turn.group for turn in d.turns}]
-        piles.append(draw.sample(pile, len(pile)))
-    chosen: dict[int, Dialogue] = {}
-    asked = 0
-    while asked < count and any(piles):
-        for pile in piles:
-            if pile and asked < count:
-                dialogue = pile.pop()
-                if id(dialogue) not in chosen:
-                    chosen[id(dialogue)] = dialogue
-                    asked += len(dialogue.turns)
-    return QuestionSet(questions.table, tuple(chosen.values()), questions.notes)
+        piles.append(draw.sample(pile, len(pile))[::-1])
+    chosen: list[Dialogue] = []
+    for dialogue in filter(None, itertools.chain.from_iterable(itertools.zip_longest(*piles))):
+        if sum(len(other.turns) for other in chosen) < count:
+            chosen.append(dialogue)
+    return QuestionSet(questions.table, tuple(chosen), questions.notes)
 
 
 @contextmanager
