@@ -82,19 +82,6 @@ def order_rows(lengths: Sequence[int], args: Any) -> LengthGroupedBatches | None
     return LengthGroupedBatches(lengths, unit, seed, is_grouped=args.train_sampling_strategy == GROUP_BY_LENGTH)
 
 
-class FixedOrder(Sampler[int]):
-    """Yields the given indices."""
-
-    def __init__(self, order: Sequence[int]) -> None:
-        self.order = order
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.order)
-
-
 ADDED = ("row_index", "token_counts")  # by NumberedCollator
 
 

@@ -1,11 +1,10 @@
-"""Checks the learning-rate schedule before anything is loaded, and says where it does not do what its name promises.
+"""Checks the learning-rate schedule before anything is loaded.
 
     finetune.py … --lr_scheduler_type cosine_with_restarts --lr_scheduler_kwargs '{"num_cycles": 3}'
 
 The schedules themselves are transformers'; test_outputs.py holds their curves to formulas.
 """
 
-import difflib
 import inspect
 import json
 import math
@@ -17,13 +16,11 @@ from transformers import TrainingArguments, get_scheduler
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import SchedulerType
 
-from finetune_chatmodel_demo.common.errors import UserError
+from finetune_chatmodel_demo.common.errors import UserError, did_you_mean
 
 # What the trainer fills in; the rest of a schedule's arguments can be given.
 FILLED_IN = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch", "kwargs"}
 WITHOUT_WARMUP = (SchedulerType.CONSTANT, SchedulerType.REDUCE_ON_PLATEAU)
-# ReduceLROnPlateau's own default.
-DEFAULT_PATIENCE = 10
 # The largest rate of any run here is 0.15, of the quickstart's prefix.
 LIKELY_TYPO = 1.0
 
@@ -54,7 +51,7 @@ def check_scheduler(training: TrainingArguments, given: dict[str, object], notic
     Args:
         training: the decided arguments.
         given: the options that were given.
-        notices: a notice is appended where the schedule differs from what its name suggests.
+        notices: a notice is appended where the rate looks like a typing error, or a flag has no effect.
 
     Raises:
         UserError: for arguments that the schedule does not have or does not take.
@@ -63,21 +60,24 @@ def check_scheduler(training: TrainingArguments, given: dict[str, object], notic
     known = list_options(name)
     for option in options:
         if option not in known:
-            close = difflib.get_close_matches(option, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(known) or 'none'}"
-            raise UserError(f"--lr_scheduler_kwargs: {name.value} has no option {option!r}; {hint}")
-    _check_rate(training.learning_rate)
+            hint = did_you_mean(option, known, 0.6) or f"; it takes {', '.join(known) or 'none'}"
+            raise UserError(f"--lr_scheduler_kwargs: {name.value} has no option {option!r}{hint}")
+    if not 0 <= training.learning_rate < math.inf:
+        raise UserError(
+            f"--learning_rate is {training.learning_rate:g}; it must be 0 or more, e.g. 2e-2 for P-Tuning v2"
+        )
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=training.learning_rate)
     try:
         get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=10, scheduler_specific_kwargs=options)
     except (TypeError, ValueError, AssertionError) as error:
         raise UserError(f"--lr_scheduler_type {name.value} with --lr_scheduler_kwargs {options}: {error}") from error
-    notices += _describe_surprises(name, options, training, given)
-
-
-def _check_rate(rate: float) -> None:
-    if not 0 <= rate < math.inf:
-        raise UserError(f"--learning_rate is {rate:g}; it must be 0 or more, e.g. 2e-2 for P-Tuning v2")
+    if training.learning_rate >= LIKELY_TYPO:
+        notices.append(
+            f"--learning_rate is {training.learning_rate:g}, and 2e-2 (a prefix) or 1e-4 is usual: is a minus missing "
+            "in its exponent?"
+        )
+    if name in WITHOUT_WARMUP and given.get("warmup_steps"):
+        notices.append(f"--lr_scheduler_type {name.value} has no warm-up: --warmup_steps is not used")
 
 
 def list_options(name: SchedulerType) -> list[str]:
@@ -88,33 +88,3 @@ def list_options(name: SchedulerType) -> list[str]:
     if name == SchedulerType.REDUCE_ON_PLATEAU:
         function = torch.optim.lr_scheduler.ReduceLROnPlateau
     return [option for option in inspect.signature(function).parameters if option not in FILLED_IN]
-
-
-def _describe_surprises(
-    name: SchedulerType, options: dict[str, Any], training: TrainingArguments, given: dict[str, object]
-) -> list[str]:
-    notices = []
-    if training.learning_rate >= LIKELY_TYPO:
-        notices.append(
-            f"--learning_rate is {training.learning_rate:g}, and 2e-2 (a prefix) or 1e-4 is usual: is a minus missing "
-            "in its exponent?"
-        )
-    if name == SchedulerType.COSINE_WITH_RESTARTS and options.get("num_cycles", 1) == 1:
-        notices.append(
-            "cosine_with_restarts has one cycle unless told otherwise, which is cosine without a restart; "
-            "--lr_scheduler_kwargs '{\"num_cycles\": 3}' starts anew twice"
-        )
-    if name in WITHOUT_WARMUP and given.get("warmup_steps"):
-        instead = "; constant_with_warmup has one" if name == SchedulerType.CONSTANT else ""
-        notices.append(f"--lr_scheduler_type {name.value} has no warm-up: --warmup_steps is not used{instead}")
-    if name == SchedulerType.INVERSE_SQRT and not training.warmup_steps and "timescale" not in options:
-        notices.append(
-            "inverse_sqrt falls as fast as its warm-up was long; without one it hardly falls: give --warmup_steps, or "
-            "--lr_scheduler_kwargs '{\"timescale\": 100}'"
-        )
-    if name == SchedulerType.REDUCE_ON_PLATEAU and "patience" not in options:
-        notices.append(
-            f"reduce_lr_on_plateau waits for {DEFAULT_PATIENCE} validations without progress; "
-            "--lr_scheduler_kwargs '{\"patience\": 2}' waits for two"
-        )
-    return notices

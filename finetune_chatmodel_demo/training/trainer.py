@@ -32,7 +32,6 @@ from finetune_chatmodel_demo.training.methods import load_shared, load_trained, 
 from finetune_chatmodel_demo.training.results import plot_curves
 from finetune_chatmodel_demo.training.sampling import (
     ADDED,
-    FixedOrder,
     NumberedCollator,
     NumberedStream,
     number_rows,
@@ -123,11 +122,11 @@ class RunTrainer(Trainer):
         self.epoch_order.order = order = order_rows(rows.lengths, self.args)
         return super()._get_train_sampler(train_dataset) if order is None else order
 
-    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> list[int]:
         """Longest rows first: little padding, and too little memory shows at once."""
         order = sorted(range(len(eval_dataset)), key=lambda i: eval_dataset.lengths[i], reverse=True)
         self._validation_positions = {row: position for position, row in enumerate(order)}
-        return FixedOrder(order)
+        return order
 
     # Steps
 
