@@ -27,6 +27,7 @@ from finetune_chatmodel_demo.generation.choose import (
     FLAGS,
     PREFIX,
     TITLES,
+    check_base_of,
     find_checkpoint,
     find_folder,
     find_model,
@@ -79,6 +80,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tokenizer", metavar="DIR", help="folder with tokenizer.model (default: the model's)")
     add("--device", default="cpu", help="where it is computed (cpu)")
     add("--low-memory", "--low_memory", action="store_true", help="load the base as it is stored, not in float32")
+    add(
+        "--allow-other-base",
+        "--allow_other_base",
+        action="store_true",
+        help="take a prefix or adapter with another base model than it was trained on",
+    )
     add("--overwrite", action="store_true", help="replace an earlier result in --output")
     return parser
 
@@ -113,6 +120,7 @@ def export(arguments: argparse.Namespace) -> int:
 
 
 def _export_prefix(arguments: argparse.Namespace) -> None:
+    from finetune_chatmodel_demo.chatglm3 import read_prefix_config
     from finetune_chatmodel_demo.chatglm3.export import check_output, convert_prefix
 
     _refuse(arguments, "--pt-checkpoint", ("adapter", "dtype", "low_memory"))
@@ -120,6 +128,8 @@ def _export_prefix(arguments: argparse.Namespace) -> None:
     source = _find(arguments.pt_checkpoint, PREFIX, notices)
     model = None if arguments.model is None else _find_base(arguments.model, None, None, notices)
     check_output(arguments.output, overwrite=arguments.overwrite, sources=[source])
+    if model is not None:
+        check_base_of(source, read_prefix_config(source), model, arguments, notices)
     _say(notices)
     comparison = convert_prefix(
         source,
@@ -176,6 +186,8 @@ def _export_model(arguments: argparse.Namespace) -> None:
     base = facts[0].base_model if facts else None
     model = _find_base(arguments.model, base, adapters[0] if adapters else None, notices)
     check_output(arguments.output, overwrite=arguments.overwrite, sources=[model, *adapters])
+    if adapters:
+        check_base_of(adapters[0], facts[0], model, arguments, notices)
     stored, written = _choose_dtypes(arguments, model, bool(adapters))
     bits = next((fact.quantization_bit for fact in facts if fact.quantization_bit), None)
     if bits:

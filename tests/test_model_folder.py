@@ -12,14 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapter_helpers import make_adapter
 from conftest import REPOSITORY
+from generation_helpers import build_prefix_folder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
-from training_helpers import write_conversations
+from safetensors.torch import load_file, save_file
+from training_helpers import train, write_conversations
 
 from finetune_chatmodel_demo import evaluate, export, finetune, inference, inspect_data
 from finetune_chatmodel_demo.chatglm3 import load_model, load_tokenizer
+from finetune_chatmodel_demo.chatglm3.fingerprint import read_fingerprint
 from finetune_chatmodel_demo.chatglm3.model_folder import check_model_folder, read_model_config, read_shapes
 from finetune_chatmodel_demo.common.errors import UserError
 
@@ -244,3 +247,74 @@ def test_an_error_comes_without_warnings_of_optional_packages():
     completed = subprocess.run([sys.executable, script, "--stage", "sftt"], capture_output=True, text=True)
     assert completed.stdout == ""
     assert completed.stderr.startswith("finetune.py: error: argument --stage: invalid choice: 'sftt'")
+
+
+# --- the base that a result was trained on
+
+
+@pytest.fixture(scope="module")
+def other_base(base, tmp_path_factory) -> Path:
+    """A base of the same shape with other weights."""
+    folder = Path(shutil.copytree(base, tmp_path_factory.mktemp("other") / "model"))
+    state = load_file(folder / "model.safetensors")
+    name = next(name for name in state if name.endswith("layers.1.self_attention.query_key_value.weight"))
+    save_file(state | {name: state[name] * 1.1}, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["prefix", "adapter"])
+def test_a_result_of_another_base_is_refused_unless_it_is_meant(base, other_base, tmp_path, capsys, kind):
+    if kind == "prefix":
+        folder = build_prefix_folder(tmp_path / "result", base, base_model=str(base))
+    else:
+        folder = make_adapter(tmp_path / "result", base)
+    flag = {"prefix": "--pt-checkpoint", "adapter": "--adapter"}[kind]
+
+    def answer(*flags: object) -> tuple[int, str]:
+        argv = [flag, folder, "--prompt", "x", "--device", "cpu", "--max-new-tokens", "2", *flags]
+        status = inference.main([str(part) for part in argv])
+        return status, capsys.readouterr().err
+
+    assert answer()[0] == 0
+    status, text = answer("--model", other_base)
+    assert status == 2
+    name = "transformer.encoder.layers.1.self_attention.query_key_value.weight"
+    assert f"another base model than {other_base}: {name} differs (recorded: {base})" in text
+    status, text = answer("--model", other_base, "--allow_other_base")
+    assert status == 0 and f"{name} differs" in text
+    flags = [flag, str(folder), "--model", str(other_base), "--output", str(tmp_path / "out")]
+    assert export.main(flags) == 2
+    assert "--allow_other_base" in capsys.readouterr().err
+    assert export.main([*flags, "--allow_other_base"]) == 0
+
+    half = tmp_path / "half"
+    load_model(base, dtype=torch.bfloat16, device="cpu").save_pretrained(half)
+    for file in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(base / file, half)
+    assert answer("--model", half)[0] == 0  # the same model, rounded
+
+    path = folder / ("config.json" if kind == "prefix" else "chatglm3_run.json")
+    values = json.loads(path.read_text(encoding="utf-8"))
+    assert values.pop("base_fingerprint")[name]
+    path.write_text(json.dumps(values), encoding="utf-8")
+    status, text = answer("--model", other_base)
+    assert status == 0 and f"does not record what its base looked like; it names {base}" in text
+    assert "does not record" not in answer()[1]
+
+
+def test_training_goes_on_from_a_result_of_its_own_base_only(base, other_base, tmp_path, capsys):
+    prefix = build_prefix_folder(tmp_path / "prefix", base, base_model=str(base))
+    data = write_conversations(tmp_path / "rows.jsonl", rows=4)
+    options = {"ptuning_checkpoint": str(prefix), "max_steps": 1}
+    assert train(other_base, data, tmp_path / "out", **options) in (1, 2)
+    assert "was trained on another base model" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_fingerprints_of_pickles_and_of_safetensors_are_equal(golden, base, tmp_path):
+    folder = golden / "tiny_chatglm3"
+    found = read_fingerprint(folder)
+    assert {len(values) for values in found.values()} == {4} and len(found) == 2 + 3 * 4
+    load_model(folder, device="cpu").save_pretrained(tmp_path / "safe")
+    assert read_fingerprint(tmp_path / "safe") == found
+    assert read_fingerprint("THUDM/chatglm3-6b") is None and read_fingerprint(None) is None

@@ -375,6 +375,7 @@ def convert_adapter(source: Path, output: Path, model: Path) -> None:
             base_model=found.base_model,
             prompt_format=found.prompt_format,
             quantization_bit=found.quantization_bit,
+            base_fingerprint=found.base_fingerprint,
         )
         _check_equal(output, read_adapter(partial, config)[1], tensors)
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
+from finetune_chatmodel_demo.chatglm3.fingerprint import read_fingerprint
 from finetune_chatmodel_demo.chatglm3.lora_files import (
     PREFIX,
     has_official_names,
@@ -238,7 +239,13 @@ def save_adapter(
     model.save_pretrained(str(folder), state_dict=None if state_dict is None else dict(state_dict))
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     bits = _quantization_bit(model)
-    write_run(folder, base_model=base_model, prompt_format=prompt_format, quantization_bit=bits)
+    write_run(
+        folder,
+        base_model=base_model,
+        prompt_format=prompt_format,
+        quantization_bit=bits,
+        base_fingerprint=read_fingerprint(base_model),
+    )
 
 
 def _quantization_bit(model: nn.Module) -> int | None:

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
+from finetune_chatmodel_demo.chatglm3.fingerprint import Fingerprint
 from finetune_chatmodel_demo.chatglm3.weights import (
     FUSED_MODULE,
     OFFICIAL_NAMES,
@@ -51,6 +52,7 @@ class AdapterConfig:
         base_model: folder or hub name of the model it was trained for; None: unknown.
         prompt_format: the format it was trained with; None: an adapter from elsewhere, which does not say.
         quantization_bit: 4 or 8 where its base was quantized while it was trained; None: it was not, or is unknown.
+        base_fingerprint: see `fingerprint`; None: an old adapter, or one from elsewhere.
     """
 
     rank: int
@@ -59,6 +61,7 @@ class AdapterConfig:
     base_model: str | None = None
     prompt_format: str | None = None
     quantization_bit: int | None = None
+    base_fingerprint: Fingerprint | None = None
 
 
 def is_adapter_checkpoint(folder: str | Path) -> bool:
@@ -84,6 +87,7 @@ def read_adapter_config(folder: str | Path) -> AdapterConfig:
         base_model=run.get("base_model_name_or_path") or settings.get("base_model_name_or_path"),
         prompt_format=run.get("prompt_format"),
         quantization_bit=run.get("quantization_bit"),
+        base_fingerprint=run.get("base_fingerprint"),
     )
 
 
@@ -136,13 +140,19 @@ def write_adapter(folder: Path, settings: Mapping[str, Any], tensors: Mapping[st
 
 
 def write_run(
-    folder: Path, *, base_model: str | None, prompt_format: str | None, quantization_bit: int | None = None
+    folder: Path,
+    *,
+    base_model: str | None,
+    prompt_format: str | None,
+    quantization_bit: int | None = None,
+    base_fingerprint: Fingerprint | None = None,
 ) -> None:
     """Writes what PEFT's files do not say beside them."""
     run = {
         "base_model_name_or_path": base_model,
         "prompt_format": prompt_format,
         "quantization_bit": quantization_bit,
+        "base_fingerprint": base_fingerprint,
     }
     write_json(folder / RUN_FILE, run)
 

@@ -155,7 +155,7 @@ def check_model_folder(folder: str | Path) -> None:
         if (folder / name).is_file():
             read_json_object(folder / name)
     shapes: dict[str, tuple[int, ...]] = {}
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         shapes |= read_shapes(file)
     if shapes and not getattr(config, "quantization_config", None):
         _check_shapes(folder, config, shapes)
@@ -198,7 +198,7 @@ def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         raise UserError(f"{file} ({size:,} bytes) is not a whole safetensors file ({error}); {REPAIR}") from error
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files that would be loaded, in the order in which transformers looks for them."""
     for whole, index in (("model.safetensors", WEIGHT_INDEXES[0]), ("pytorch_model.bin", WEIGHT_INDEXES[1])):
         if (folder / whole).is_file():

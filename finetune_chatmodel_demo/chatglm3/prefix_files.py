@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
+from finetune_chatmodel_demo.chatglm3.fingerprint import Fingerprint, read_fingerprint
 from finetune_chatmodel_demo.chatglm3.weights import read_tensor_file
 from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.common.files import partial_path, publish_files, remove_tree, write_json
@@ -40,6 +41,7 @@ class PrefixConfig:
         base_model: folder or hub name of the model it was trained for; None: unknown.
         prompt_format: see `conversation.render`; None: an old checkpoint, which does not say.
         prefix_dropout: the dropout that it was trained with; None: an old checkpoint, which does not say.
+        base_fingerprint: see `fingerprint`; None: an old checkpoint, which does not say.
     """
 
     pre_seq_len: int
@@ -47,6 +49,7 @@ class PrefixConfig:
     base_model: str | None = None
     prompt_format: str | None = None
     prefix_dropout: float | None = None
+    base_fingerprint: Fingerprint | None = None
 
 
 def is_prefix_checkpoint(folder: str | Path) -> bool:
@@ -130,6 +133,7 @@ def save_prefix(
     parameters = _prefix_state(model, state_dict)
     config = json.loads(model.config.to_json_string(use_diff=False)) | {
         "base_model_name_or_path": base_model,
+        "base_fingerprint": read_fingerprint(base_model),
         "prompt_format": prompt_format,
         "prefix_dropout": model.prefix_encoder.dropout.p,  # for a run that goes on from here
     }
@@ -222,6 +226,7 @@ def _describe(folder: Path, parameters: dict[str, torch.Tensor]) -> PrefixConfig
         base_model=values.get("base_model_name_or_path") or values.get("_name_or_path"),
         prompt_format=values.get("prompt_format"),
         prefix_dropout=values.get("prefix_dropout"),
+        base_fingerprint=values.get("base_fingerprint"),
     )
 
 

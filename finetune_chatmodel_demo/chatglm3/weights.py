@@ -142,13 +142,18 @@ def read_tensor_file(file: Path, remedy: str) -> dict[str, torch.Tensor]:
         raise UserError(f"{file} is damaged ({error}). {remedy}") from error
 
 
-def read_pickle(file: Path, remedy: str, map_location: str = "cpu") -> dict[str, torch.Tensor]:
+def read_pickle(
+    file: Path, remedy: str, map_location: str = "cpu", *, is_mapped: bool = False
+) -> dict[str, torch.Tensor]:
     """The tensors of a pickle, of which nothing but tensors is ever read; on "meta" only their shapes.
+
+    Args:
+        is_mapped: whether values are read when they are looked at, where the file's form allows it.
 
     Raises:
         UserError: for a file that is cut, damaged, or holds anything else.
     """
-    is_mapped = map_location == "meta" and zipfile.is_zipfile(file)  # or all of it would be read for its shapes
+    is_mapped = (is_mapped or map_location == "meta") and zipfile.is_zipfile(file)
     try:
         state = torch.load(file, map_location=map_location, weights_only=True, mmap=is_mapped)
     except OSError:

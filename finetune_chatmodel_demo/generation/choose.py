@@ -80,6 +80,8 @@ def add_model_arguments(group: Any) -> None:
              "trained with)")  # fmt: skip
     add_flag(group, "--quantization-bit", type=int, choices=(4, 8), help="load the base model in 4 or 8 bits "
              "(bitsandbytes)")  # fmt: skip
+    add_flag(group, "--allow-other-base", action="store_true", help="use a prefix or adapter with another base model "
+             "than it was trained on")  # fmt: skip
     add_flag(group, "--device", help="cuda, cuda:1, cpu … (default: cuda when there is a GPU, else cpu)")
 
 
@@ -94,6 +96,7 @@ def choose_model(arguments: argparse.Namespace) -> ModelChoice:
     config = _read_checkpoint_config(kind, checkpoint)
     _check_length(arguments.pt_pre_seq_len, kind, checkpoint, config)
     model = find_model(arguments.model, config.base_model if config else None, checkpoint, notices)
+    check_base_of(checkpoint, config, model, arguments, notices)
     if any("SequenceClassification" in str(name) for name in read_config(Path(model)).get("architectures") or []):
         raise UserError(f"--model {model} is a reward model (stage rm): it scores texts and cannot write any")
     if arguments.quantization_bit and importlib.util.find_spec("bitsandbytes") is None:
@@ -181,6 +184,24 @@ def _read_checkpoint_config(kind: str | None, folder: Path | None) -> Any:
             raise UserError(f"{folder} belongs to a reward model (stage rm): it scores texts and cannot write any")
         return config
     return None
+
+
+def check_base_of(
+    checkpoint: Path | None, config: Any, model: str | Path, arguments: argparse.Namespace, notices: list[str]
+) -> None:
+    """Refuses a base that the prefix or adapter was not trained on; --allow_other_base makes that a notice.
+
+    An old result does not say what its base looked like: its recorded name is shown where --model chose another.
+    """
+    if config is None:
+        return
+    from finetune_chatmodel_demo.chatglm3.fingerprint import check_base
+
+    notice = check_base(
+        checkpoint, config.base_fingerprint, config.base_model, model, allow_other=arguments.allow_other_base
+    )
+    if notice and (config.base_fingerprint or arguments.model):
+        notices.append(notice)
 
 
 def _check_length(wanted: int | None, kind: str | None, folder: Path | None, config: Any) -> None:

@@ -37,6 +37,10 @@ class ModelArguments:
         default=None,
         metadata={"help": "A new prefix starts as the keys and values of this text (a UTF-8 file, or the words)."},
     )
+    allow_other_base: bool = field(
+        default=False,
+        metadata={"help": "Train a prefix or adapter further on another base model than it was trained on."},
+    )
     prefix_dropout: float | None = field(
         default=None,
         metadata={"help": "Dropout on the prefix while training; default: --ptuning_checkpoint's, else 0.1."},

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import torch
 
+from finetune_chatmodel_demo.chatglm3.fingerprint import check_base
+from finetune_chatmodel_demo.chatglm3.lora_files import is_adapter_checkpoint, read_adapter_config
 from finetune_chatmodel_demo.chatglm3.model_folder import check_model_folder
+from finetune_chatmodel_demo.chatglm3.prefix_files import read_prefix_config
 from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.conversation.data_arguments import DataArguments
 from finetune_chatmodel_demo.conversation.stage_data import check_flags
@@ -148,6 +151,26 @@ def _tell_of_no_training(settings: Settings) -> None:
         settings.notices.append(f"--{lengths[0]} without --do_train True: nothing is trained; add it to train first")
 
 
+def _check_start(settings: Settings) -> None:
+    """A prefix or adapter that is trained further belongs to the base it was trained on."""
+    model, adapter = settings.model, settings.tuning.adapter_name_or_path
+    if settings.method == P_TUNING and model.ptuning_checkpoint:
+        start, found = model.ptuning_checkpoint, read_prefix_config(model.ptuning_checkpoint)
+    elif settings.method == LORA and adapter and is_adapter_checkpoint(adapter):
+        start, found = adapter, read_adapter_config(adapter)
+    else:
+        return
+    notice = check_base(
+        Path(start),
+        found.base_fingerprint,
+        found.base_model,
+        model.model_name_or_path,
+        allow_other=model.allow_other_base,
+    )
+    if notice:
+        settings.notices.append(notice)
+
+
 def _check_method(settings: Settings) -> None:
     model, method, given = settings.model, settings.method, settings.given
     if model.ptuning_checkpoint and not (Path(model.ptuning_checkpoint) / "config.json").is_file():
@@ -158,6 +181,7 @@ def _check_method(settings: Settings) -> None:
     if model.prefix_init_std <= 0:
         raise UserError(f"--prefix_init_std is {model.prefix_init_std}; give a number above 0")
     _check_prefix_start(model, given)
+    _check_start(settings)
     for owner, flags in FLAGS_OF_METHOD.items():
         for flag in flags:
             if owner != method and given.get(flag):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
+from finetune_chatmodel_demo.chatglm3.fingerprint import check_base
 from finetune_chatmodel_demo.chatglm3.loading import load_model
 from finetune_chatmodel_demo.chatglm3.lora import load_adapter
 from finetune_chatmodel_demo.chatglm3.lora_files import is_adapter_checkpoint, read_adapter_config
@@ -234,6 +235,8 @@ def load_reward_model(
     try:
         if base is None:
             return load_model(folder, dtype=dtype, device=device, head="score")
+        found = read_adapter_config(folder)
+        check_base(Path(folder), found.base_fingerprint, found.base_model, base, allow_other=False)
         model = load_model(base, dtype=dtype, device=device, quantization_bit=quantization_bit, head="score")
         return load_adapter(model, folder)
     except (ValueError, OSError) as error:
