@@ -466,7 +466,7 @@ def test_an_existing_output_needs_overwrite(capsys, base, tmp_path):
         (["--adapter", "{adapter}", "--to", "both"], "not written in the original code's layout"),
         (["--adapter", "{adapter}", "--to", "official"], "Merge it (leave --to out)"),
         (["--adapter", "{adapter}", "--to", "safetensors", "--dtype", "float16"], "--dtype has no place with --to"),
-        (["--adapter", "{adapter}", "--model", "{golden}"], "The adapter was trained for another base model"),
+        (["--adapter", "{adapter}", "--model", "{golden}"], "was trained on another base model than"),
         (["--adapter", "{adapter}", "--model", "{golden}", "--to", "safetensors"], "trained for another base model"),
         (["--adapter", "{adapter}", "--model", "{adapter}"], "is a LoRA adapter; give it as --adapter"),
         (["--adapter", "{adapter}", "--model", "THUDM/none"], "--model THUDM/none is not a folder"),

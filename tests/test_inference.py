@@ -248,7 +248,7 @@ def test_reward_models_do_not_chat(capsys, tmp_path, base):
         (["--model", "{adapter}"], "is a LoRA adapter; give it as --adapter"),
         (["--adapter", "{adapter}", "--pt-checkpoint", "{prefix}"], "--pt-checkpoint and --adapter exclude each other"),
         (["--adapter", "{adapter}", "--pt-pre-seq-len", "6"], "describes a prefix, but"),
-        (["--adapter", "{adapter}", "--model", "{tiny}"], "was trained for another base model"),
+        (["--adapter", "{adapter}", "--model", "{tiny}"], "was trained on another base model than"),
         (["--model", "{base}", "--device", "gpu"], "--device gpu is unknown; use cuda"),
         (["--model", "{base}", "--tokenizer", "{empty}"], "has no tokenizer.model"),
         (["--model", "no/model"], "no/model: there is no such folder, and as a name on the hub: "),

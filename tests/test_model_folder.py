@@ -318,3 +318,34 @@ def test_fingerprints_of_pickles_and_of_safetensors_are_equal(golden, base, tmp_
     load_model(folder, device="cpu").save_pretrained(tmp_path / "safe")
     assert read_fingerprint(tmp_path / "safe") == found
     assert read_fingerprint("THUDM/chatglm3-6b") is None and read_fingerprint(None) is None
+
+
+# --- numbers that are not finite
+
+
+@pytest.mark.parametrize("kind", ["model", "prefix", "adapter"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_said(base, tmp_path, capsys, kind, value):
+    if kind == "model":
+        folder, name = Path(shutil.copytree(base, tmp_path / kind)), "model.safetensors"
+    elif kind == "prefix":
+        folder, name = build_prefix_folder(tmp_path / kind, base, base_model=str(base)), "prefix_encoder.safetensors"
+    else:
+        folder, name = make_adapter(tmp_path / kind, base), "adapter_model.safetensors"
+    state = load_file(folder / name)
+    tensor = state[sorted(state)[0]]
+    tensor.view(-1)[tensor.numel() // 2] = value
+    save_file(state, folder / name, metadata={"format": "pt"})
+    flag = {"model": "--model", "prefix": "--pt-checkpoint", "adapter": "--adapter"}[kind]
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "column": "c"}]
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps({"conversations": turns}) + "\n", encoding="utf-8")
+    for program, flags in (
+        (inference, ["--prompt", "x"]),
+        (evaluate, ["--data", data]),
+        (export, ["--output", tmp_path / "out"]),
+    ):
+        assert program.main([str(part) for part in (flag, folder, "--device", "cpu", *flags)]) == 2
+        text = capsys.readouterr().err
+        assert "1 of its " in text and "not finite" in text and str(folder) in text
+    assert not (tmp_path / "out").exists()

@@ -20,6 +20,7 @@ from finetune_chatmodel_demo.chatglm3.model_folder import (
 from finetune_chatmodel_demo.chatglm3.modeling import ChatGLM3ForCausalLM, ChatGLM3ForSequenceClassification
 from finetune_chatmodel_demo.chatglm3.prefix_files import check_prefix, load_prefix
 from finetune_chatmodel_demo.chatglm3.tokenizer import ChatGLMTokenizer
+from finetune_chatmodel_demo.chatglm3.weights import check_finite
 from finetune_chatmodel_demo.common.errors import UserError
 
 MODEL_CLASSES = {"lm": ChatGLM3ForCausalLM, "score": ChatGLM3ForSequenceClassification}
@@ -105,6 +106,7 @@ def load_model(
             **({"num_labels": 1} if head == "score" else {}),
         )
     _check_report(path, report, head)
+    check_finite(path, model.named_parameters())
     if quantization is None:
         model = model.to(device)
     elif device.type == "cpu":

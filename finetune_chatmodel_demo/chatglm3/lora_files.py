@@ -24,6 +24,7 @@ from finetune_chatmodel_demo.chatglm3.weights import (
     FUSED_MODULE,
     OFFICIAL_NAMES,
     SPLIT_MODULES,
+    check_finite,
     query_key_value_rows,
     read_tensor_file,
 )
@@ -127,6 +128,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     empty = next((name for name, value in tensors.items() if value.numel() == 0), None)
     if empty:
         raise UserError(f"{file}: {empty} is empty; it was saved under DeepSpeed ZeRO-3 without gathering the weights")
+    check_finite(file, tensors.items())
     return tensors
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
 from finetune_chatmodel_demo.chatglm3.fingerprint import Fingerprint, read_fingerprint
-from finetune_chatmodel_demo.chatglm3.weights import read_tensor_file
+from finetune_chatmodel_demo.chatglm3.weights import check_finite, read_tensor_file
 from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.common.files import partial_path, publish_files, remove_tree, write_json
 
@@ -210,6 +210,7 @@ def read_prefix_parameters(folder: Path) -> dict[str, torch.Tensor]:
             f"{', '.join(sorted(parameters)[:6]) or 'no key of a prefix'}). A model that was tuned in full is given "
             "as the model, not as a prefix."
         )
+    check_finite(folder, parameters.items())
     return parameters
 
 

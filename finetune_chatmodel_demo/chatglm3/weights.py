@@ -5,6 +5,7 @@ and out without a copy of the whole model in memory.
 """
 
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,30 @@ def read_tensor_file(file: Path, remedy: str) -> dict[str, torch.Tensor]:
         return load_file(file)
     except SafetensorError as error:
         raise UserError(f"{file} is damaged ({error}). {remedy}") from error
+
+
+def check_finite(where: str | Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Refuses weights with NaN or infinity in them: whatever is computed with them is NaN, and every reply is empty.
+
+    Args:
+        where: file or folder, for the message.
+        tensors: names and tensors; integers (quantized weights) are left alone.
+
+    Raises:
+        UserError: says how many tensors there are, and the first.
+    """
+    numbers = [(name, tensor) for name, tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+    with torch.no_grad():
+        # A sum is NaN or infinite where a number is, and needs no copy; one wait for the device in all.
+        sums = torch.stack([tensor.detach().sum(dtype=torch.float32) for _, tensor in numbers]) if numbers else None
+    if sums is None or sums.isfinite().all():
+        return
+    bad = [name for (name, _), is_good in zip(numbers, sums.isfinite().tolist()) if not is_good]
+    raise UserError(
+        f"{where}: {len(bad)} of its {len(numbers)} tensors hold numbers that are not finite (NaN or infinity), the "
+        f"first is {bad[0]}: no reply can be computed. Use an earlier checkpoint, or train again with a lower "
+        "--learning_rate"
+    )
 
 
 def read_pickle(

@@ -12,7 +12,7 @@ import torch
 from finetune_chatmodel_demo.chatglm3.fingerprint import check_base
 from finetune_chatmodel_demo.chatglm3.lora_files import is_adapter_checkpoint, read_adapter_config
 from finetune_chatmodel_demo.chatglm3.model_folder import check_model_folder
-from finetune_chatmodel_demo.chatglm3.prefix_files import read_prefix_config
+from finetune_chatmodel_demo.chatglm3.prefix_files import is_prefix_checkpoint, read_prefix_config
 from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.conversation.data_arguments import DataArguments
 from finetune_chatmodel_demo.conversation.stage_data import check_flags
@@ -154,8 +154,9 @@ def _tell_of_no_training(settings: Settings) -> None:
 def _check_start(settings: Settings) -> None:
     """A prefix or adapter that is trained further belongs to the base it was trained on."""
     model, adapter = settings.model, settings.tuning.adapter_name_or_path
-    if settings.method == P_TUNING and model.ptuning_checkpoint:
-        start, found = model.ptuning_checkpoint, read_prefix_config(model.ptuning_checkpoint)
+    prefix = model.ptuning_checkpoint
+    if settings.method == P_TUNING and prefix and is_prefix_checkpoint(prefix):
+        start, found = prefix, read_prefix_config(prefix)
     elif settings.method == LORA and adapter and is_adapter_checkpoint(adapter):
         start, found = adapter, read_adapter_config(adapter)
     else:
