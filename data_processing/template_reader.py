@@ -51,7 +51,7 @@ def load_template(path: str | Path) -> Template:
     path = check_input(path)
     try:
         data = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_StrictLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from None

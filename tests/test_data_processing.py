@@ -1,5 +1,6 @@
 """The room data_processing: a CSV row becomes conversations whose every fact is the row's own cell."""
 
+import contextlib
 import csv
 import errno
 import json
@@ -349,6 +350,7 @@ GOOD = small(turns=1)
         (GOOD + "turns: 1\n", "the key 'turns' is written twice"),
         ("turns: 1\nquestions: []\n", "at questions: expected a list with at least one question"),
         ("a: [1", "is not valid YAML"),
+        ("a: " + "[" * 2000, "is not valid YAML"),
         ("- 1\n", "expected keys and values, got [1]"),
         (GOOD.replace("    probability", "    validation: ['d of {a}']\n    probability"), "is also trained on, at"),
         (GOOD + "validation_conversations_per_row: 1\n", "no question has `validation` phrasings"),
@@ -487,6 +489,26 @@ def test_odd_cells_are_named_and_counted(tmp_path, capsys):
         ("1", f"{path} line 4, column b)"),
         ("2", f"{path} line 2, column b)"),
     ]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.binary(min_size=1, max_size=120), st.sampled_from(["x.csv", "x.tsv", "x.xlsx"]), st.booleans())
+def test_any_bytes_are_read_or_refused_in_a_line(content, name, after_a_header):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(b"a,b\n" * after_a_header + content)
+        try:
+            assert all(isinstance(cell, str) for row in CsvRows(path, "skip") for cell in row.values())
+        except UserError as error:
+            assert str(path) in str(error)
+
+
+def test_a_damaged_workbook_is_refused_in_a_line(tmp_path):
+    whole = write_table(tmp_path / "x.xlsx", ROWS, "").read_bytes()
+    for place in range(0, len(whole), len(whole) // 40):
+        (tmp_path / "x.xlsx").write_bytes(whole[:place] + b"\xff\x00\xff" + whole[place + 3 :])
+        with contextlib.suppress(UserError):
+            list(CsvRows(tmp_path / "x.xlsx"))
 
 
 # ---------------------------------------------------------------- habits

@@ -352,6 +352,10 @@ def test_files_that_are_no_question_files(tmp_path, kanto):
         lambda data: data["dialogues"][0]["turns"][0].pop("text"),
         lambda data: data["dialogues"][0]["turns"][0].update(column="没有"),
         lambda data: data["dialogues"].clear(),
+        lambda data: data["dialogues"][0]["turns"][0].update(reference=5),
+        lambda data: data["facts"]["names"].update({subject: {}}),
+        lambda data: data["facts"]["fields"][0].update(unit=None),
+        lambda data: data["facts"]["fields"][0]["vocabulary"].append(1),
     ):
         damaged = copy.deepcopy(whole)
         change(damaged)

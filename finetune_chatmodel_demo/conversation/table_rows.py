@@ -7,6 +7,7 @@ silence where rows of another length are to be counted. Workbooks go through pan
 
 import csv
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from functools import cached_property
@@ -18,6 +19,20 @@ from finetune_chatmodel_demo.conversation.text_files import Located, detect_enco
 
 CELL_LIMIT = 1 << 20
 """Characters. A longer cell is an unclosed quote that swallows the rest of the file."""
+
+
+UNREADABLE = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    SyntaxError,
+    EOFError,
+    NotImplementedError,
+    zlib.error,
+    zipfile.BadZipFile,
+)
+"""What the libraries raise at a damaged workbook, in the archive, its XML or what the XML says."""
 
 
 class TableRows:
@@ -93,7 +108,7 @@ class TableRows:
 
         try:
             sheet = pandas.read_excel(self.path, header=None, dtype=str, na_filter=False, engine="openpyxl")
-        except (ValueError, KeyError, zipfile.BadZipFile) as error:
+        except UNREADABLE as error:
             raise UserError(f"{self.path} cannot be read as an Excel workbook ({error}); save it as .xlsx") from None
         for line, cells in enumerate(sheet.itertuples(index=False), 1):
             yield line, list(cells)

@@ -45,6 +45,13 @@ def normalize(text: str) -> str:
     return re.sub(r"[^\S\n]+", " ", text).strip()
 
 
+def check_texts(*values: Any) -> None:
+    """Raises a TypeError where a value of a question file is no text."""
+    for value in values:
+        if not isinstance(value, str):
+            raise TypeError(f"expected a text, got {value!r:.40}")
+
+
 def canonical(number: Decimal) -> Decimal:
     """0.70 → 0.7, 100.0 → 100: the one spelling by which numbers are compared."""
     return Decimal(format(number.normalize(), "f"))
@@ -117,8 +124,10 @@ class Field:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Field":
         """The inverse of `to_json`; files of older versions hold one key more."""
-        plain = {key: data[key] for key in ("column", "kind", "unit", "separator", "aliases", "left", "right")}
-        return cls(**plain, labels=tuple(data["labels"]), vocabulary=frozenset(data["vocabulary"]))
+        plain = {key: data[key] for key in ("column", "kind", "unit", "separator", "left", "right")}
+        check_texts(*plain.values(), *data["labels"], *data["vocabulary"], *data["aliases"].values())
+        sets = {"labels": tuple(data["labels"]), "vocabulary": frozenset(data["vocabulary"])}
+        return cls(**plain, **sets, aliases=data["aliases"])
 
 
 def infer_kind(cells: Iterable[str]) -> tuple[str, str, str]:
@@ -277,6 +286,7 @@ class FactTable:
     def from_json(cls, data: Mapping[str, Any]) -> "FactTable":
         """The inverse of `to_json`."""
         fields = [Field.from_json(field) for field in data["fields"]]
+        check_texts(*data["names"].values(), *(cell for row in data["cells"].values() for cell in row.values()))
         return cls({field.column: field for field in fields}, data["cells"], data["names"])
 
 

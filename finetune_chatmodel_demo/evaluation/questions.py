@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.common.files import write_whole
 from finetune_chatmodel_demo.conversation.records import read_records
-from finetune_chatmodel_demo.evaluation.facts import FactTable, normalize
+from finetune_chatmodel_demo.evaluation.facts import FactTable, check_texts, normalize
 
 FORMAT = "chatglm3-questions-1"
 TRAINED, UNSEEN = "trained phrasings", "unseen phrasings"
@@ -112,10 +112,11 @@ def read_question_file(path: str | Path) -> QuestionSet:
         form = data.get("format")
         if form == FORMAT:
             dialogues = tuple(
-                Dialogue(entry["system"], tuple(_read_turn(turn) for turn in entry["turns"]))
+                Dialogue(entry["system"] or None, tuple(_read_turn(turn) for turn in entry["turns"]))
                 for entry in data["dialogues"]
             )
             questions = QuestionSet(FactTable.from_json(data["facts"]), dialogues, dict(data["notes"]))
+            check_texts(*(dialogue.system or "" for dialogue in dialogues))
             for turn in filter(lambda turn: turn.is_answerable, questions.turns):
                 questions.table.items(turn.subject, turn.column)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -131,7 +132,9 @@ def read_question_file(path: str | Path) -> QuestionSet:
 
 
 def _read_turn(data: dict[str, Any]) -> Turn:
-    return Turn(**{**data, "wordings": tuple(data["wordings"])})
+    turn = Turn(**{**data, "wordings": tuple(data["wordings"])})
+    check_texts(turn.text, turn.group, turn.kind, turn.reference, *turn.wordings, turn.subject or "", turn.column or "")
+    return turn
 
 
 class Overlap(NamedTuple):
