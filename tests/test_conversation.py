@@ -178,6 +178,54 @@ def test_damaged_utf8_is_not_taken_for_gbk(tmp_path):
     assert "neither UTF-8" in reading_error(tmp_path, b'{"\xff\xff": 1}')
 
 
+CHINESE = conversation(
+    message("user", "皮卡丘是什么属性？"), message("assistant", "皮卡丘是电属性的宝可梦，弱点是地面。")
+)
+FOREIGN = {
+    "big5": "皮卡丘是電屬性的寶可夢，弱點是地面。",
+    "shift_jis": "ピカチュウのタイプはでんきです。",
+    "euc-kr": "피카츄의 타입은 전기입니다. 무엇입니까?",
+}
+
+
+@pytest.mark.parametrize("encoding", FOREIGN)
+def test_other_encodings_are_not_taken_for_gbk(tmp_path, encoding):
+    text = json.dumps(conversation(message("user", FOREIGN[encoding])), ensure_ascii=False)
+    complaint = reading_error(tmp_path, f"{text}\n{text}\n".encode(encoding))
+    assert "train.jsonl: the text from line 1 on reads like" in complaint and "save the file as UTF-8" in complaint
+
+
+def test_a_file_of_two_encodings_is_named(tmp_path):
+    line = json.dumps(CHINESE, ensure_ascii=False) + "\n"
+    other = json.dumps(conversation(message("user", "皮卡丘属性好")), ensure_ascii=False) + "\n"
+    assert other.encode("utf-8").decode("gb18030")
+    assert "train.jsonl line 31 is UTF-8" in reading_error(tmp_path, (line * 30).encode("gbk") + other.encode("utf-8"))
+
+
+def test_a_guess_is_said(tmp_path, caplog):
+    (tmp_path / "x.jsonl").write_text(json.dumps(CHINESE, ensure_ascii=False), encoding="gbk")
+    assert list(read_records(tmp_path / "x.jsonl")) == [CHINESE]
+    (entry,) = caplog.records
+    assert "x.jsonl is read as GBK (GB18030), which is a guess" in entry.getMessage()
+
+
+@pytest.mark.parametrize("is_array", [True, False])
+def test_what_no_author_meant_is_counted_and_said_once(tmp_path, caplog, is_array):
+    twice = '{"conversations": [{"role": "assistant", "content": "a", "content": "b"}]}'
+    rows = [conversation(message("assistant", text)) for text in ("nan", "x\0y", "None", "Nancy")]
+    lines = [*map(json.dumps, rows), twice]
+    path = tmp_path / "x.jsonl"
+    path.write_text("[" + ",\n".join(lines) + "]" if is_array else "\n".join(lines), encoding="utf-8")
+    records = read_records(path)
+    assert [record["conversations"][0]["content"] for record in records][-1] == "b"
+    assert len(list(records)) == 5
+    said = sorted(entry.getMessage() for entry in caplog.records)
+    assert len(said) == 3
+    assert said[0].startswith("a NUL character in 1 records") and "line 2" in said[0]
+    assert "nan, NaN or None" in said[1] and " in 2 records" in said[1] and "line 1" in said[1]
+    assert "the key 'content' twice" in said[2] and "in 1 records" in said[2] and "line 5" in said[2]
+
+
 BAD_RECORDS = [
     ({"messages": []}, "key 'conversations' is missing; found 'messages'; did you mean 'conversations' where"),
     ({"conversation": []}, "did you mean 'conversations' where it says 'conversation'?"),

@@ -60,11 +60,12 @@ class JSONRows:
 def _iterate_lines(file: TextIO, needed: frozenset[str]) -> Iterator[Located]:
     """JSON lines, and objects that are spread over several lines."""
     number, start, open_lines, depth = 0, 0, [], 0
+    decoder = _Decoder()
     for line_number, line in enumerate(file, 1):
         text = line.strip(_JSON_SPACE)
         if not text:
             continue
-        value, problem = _parse(text)
+        value, problem = _parse(decoder, text)
         if open_lines and problem is None and isinstance(value, dict) and not needed.isdisjoint(value):
             number += 1
             yield Located(number, start, None, "not valid JSON: a record begins here and does not end")
@@ -73,23 +74,44 @@ def _iterate_lines(file: TextIO, needed: frozenset[str]) -> Iterator[Located]:
             start = line_number
             if problem is None:
                 number += 1
-                yield Located(number, start, value)
+                yield Located(number, start, value, None, decoder.take_doubled())
                 continue
         change = _depth_change(text)
         open_lines.append(text)
         depth += change or 0
         if change is None or depth <= 0:
-            value, problem = _parse("\n".join(open_lines))
+            value, problem = _parse(decoder, "\n".join(open_lines))
             number += 1
-            yield Located(number, start, value, problem)
+            yield Located(number, start, value, problem, decoder.take_doubled())
             open_lines, depth = [], 0
     if open_lines:
         yield Located(number + 1, start, None, "not valid JSON: a record begins here and does not end")
 
 
-def _parse(text: str) -> tuple[Any, str | None]:
+class _Decoder(json.JSONDecoder):
+    """Remembers a key that an object has twice: `json` keeps the last one in silence."""
+
+    def __init__(self):
+        super().__init__(object_pairs_hook=self._make_object)
+        self._doubled: str | None = None
+
+    def take_doubled(self) -> str | None:
+        """The key that was found twice since the last call."""
+        doubled, self._doubled = self._doubled, None
+        return doubled
+
+    def _make_object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            names = [name for name, _ in pairs]
+            self._doubled = next(name for name in names if names.count(name) > 1)
+        return made
+
+
+def _parse(decoder: _Decoder, text: str) -> tuple[Any, str | None]:
+    decoder.take_doubled()
     try:
-        return json.loads(text), None
+        return decoder.decode(text), None
     except json.JSONDecodeError as error:
         near = text[max(0, error.pos - 20) : error.pos + 20]
         remedy = ""
@@ -112,7 +134,7 @@ def _iterate_array(file: TextIO, path: Path) -> Iterator[Located]:
     `ijson` would do it with less code. Its fast backend writes "?" for half a surrogate pair, refuses integers beyond
     64 bits and knows no lines.
     """
-    decode = json.JSONDecoder().raw_decode
+    decoder = _Decoder()
     text, position, line, number = file.read(BLOCK_CHARACTERS), 0, 1, 0
 
     def grow() -> bool:
@@ -141,8 +163,9 @@ def _iterate_array(file: TextIO, path: Path) -> Iterator[Located]:
     while character != "]":
         number, start = number + 1, line
         while True:
+            decoder.take_doubled()
             try:
-                value, end = decode(text, position)
+                value, end = decoder.raw_decode(text, position)
                 is_whole, error = end < len(text), None
             except json.JSONDecodeError as found:
                 error = found
@@ -152,7 +175,7 @@ def _iterate_array(file: TextIO, path: Path) -> Iterator[Located]:
         if error is not None:
             advance(error.pos)
             raise fault(f"valid JSON ({error.msg}) in record {number}")
-        yield Located(number, start, value)
+        yield Located(number, start, value, None, decoder.take_doubled())
         character = advance(end)
         if character == ",":
             advance(position + 1)

@@ -13,6 +13,7 @@ with file, line, what and remedy; a bad row is a problem of its own, and the nex
 
 import bisect
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from finetune_chatmodel_demo.common.errors import UserError
@@ -64,7 +65,7 @@ class FolderRows:
             self._starts.append(number)
             for located in reader.rows():
                 number += 1
-                yield Located(number, located.line, located.value, located.problem)
+                yield replace(located, number=number)
 
     def where(self, number: int, line: int) -> str:
         """See `RowReader`."""

@@ -42,6 +42,13 @@ __all__ = [
     "validate_text",
 ]
 
+# What programs write for an empty cell; and what else is counted, and said once with the first place.
+EMPTY_WORDS = frozenset({"nan", "NaN", "NAN", "None", "<NA>"})
+EMPTY_WORD_LENGTH = 12
+EMPTY_WORD = "a text that is nan, NaN or None, as programs write an empty cell,"
+NUL = "a NUL character"
+KEY_TWICE = "the key {!r} twice in one object (the last one counts)"
+
 logger = logging.getLogger(__name__)
 
 
@@ -86,6 +93,7 @@ class RecordSource(SkipsBadRecords):
         self.kind, self.on_bad_record = kind, on_bad_record
         self.forget_bad()
         self._unknown: Counter[str] = Counter()
+        self._odd: dict[str, tuple[int, str]] = {}  # how many records, and the first place
         self._has_reported = False
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -105,10 +113,11 @@ class RecordSource(SkipsBadRecords):
     def _iterate(self) -> Iterator[Located]:
         self.forget_bad()
         self._unknown.clear()
+        self._odd.clear()
         try:
             yield from self._iterate_good()
         finally:
-            self._report_unknown_keys()
+            self._report()
 
     def _iterate_good(self) -> Iterator[Located]:
         good_count = 0
@@ -126,6 +135,7 @@ class RecordSource(SkipsBadRecords):
                 continue
             good_count += 1
             self._count_unknown_keys(located.value)
+            self._count_oddities(located, where)
             yield Located(located.number, located.line, record)
         if self.bad_count and not good_count:
             raise UserError(f"all {self.bad_count} records of {self.path} are bad; the first: {self.bad_messages[0]}")
@@ -158,13 +168,41 @@ class RecordSource(SkipsBadRecords):
                 found = set().union(*(message for message in row[key] if isinstance(message, dict)))
                 self._unknown.update(found - of_messages)
 
-    def _report_unknown_keys(self) -> None:
-        """Says once which keys mean nothing here: what is ignored in silence may have been meant."""
-        if not self._unknown or self._has_reported:
+    def _count_oddities(self, located: Located, where: str) -> None:
+        """Remembers what no author meant, though it can be trained on."""
+        found = {KEY_TWICE.format(located.doubled)} if located.doubled is not None else set()
+        for text in _texts(located.value):
+            if len(text) < EMPTY_WORD_LENGTH and text.strip() in EMPTY_WORDS:
+                found.add(EMPTY_WORD)
+            if "\0" in text:
+                found.add(NUL)
+        for what in found:
+            count, first = self._odd.get(what, (0, where))
+            self._odd[what] = (count + 1, first)
+
+    def _report(self) -> None:
+        """Says once what was found in a pass: what is ignored in silence may have been meant."""
+        if self._has_reported:
             return
-        self._has_reported = True
-        named = [f"{key!r} ({count:,}{self._explain_unknown(key)})" for key, count in self._unknown.items()]
-        logger.warning("%s: keys that are not read, with the records that have them: %s", self.path, ", ".join(named))
+        self._has_reported = bool(self._unknown or self._odd)
+        if self._unknown:
+            named = [f"{key!r} ({count:,}{self._explain_unknown(key)})" for key, count in self._unknown.items()]
+            logger.warning(
+                "%s: keys that are not read, with the records that have them: %s", self.path, ", ".join(named)
+            )
+        for what, (count, first) in self._odd.items():
+            logger.warning("%s in %s records, the first: %s", what, f"{count:,}", first)
+
+
+def _texts(row: dict[str, Any]) -> Iterator[str]:
+    """The texts of a row and of its messages."""
+    for value in row.values():
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, list):
+            for item in value:
+                if isinstance(item, dict):
+                    yield from (text for text in item.values() if isinstance(text, str))
 
 
 class RecordFile(RecordSource):

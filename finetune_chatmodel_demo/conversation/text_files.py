@@ -1,6 +1,7 @@
 """What every reader of data files shares: a row with its place, what is counted as bad, and the encoding of a text."""
 
 import codecs
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,19 +11,26 @@ from finetune_chatmodel_demo.common.errors import UserError
 
 BLOCK_BYTES = 1 << 20
 MAX_BAD_MESSAGES = 20
+# What charset-normalizer is asked about: so many pieces of so many bytes of lines that are not ASCII.
+SAMPLES, SAMPLE_BYTES = 32, 4096
+LEAST_UTF8 = 6
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Located:
     """One row of a file, or, where `problem` is set, the reason why there is none.
 
-    `number` counts rows from 1, `line` is the line that the row starts in, from 1.
+    `number` counts rows from 1, `line` is the line that the row starts in, from 1. `doubled` is a key that an object
+    of the row has twice; the last one counts.
     """
 
     number: int
     line: int
     value: Any
     problem: str | None = None
+    doubled: str | None = None
 
 
 class RowReader(Protocol):
@@ -64,8 +72,11 @@ class SkipsBadRecords:
 def detect_encoding(path: Path) -> str:
     """Names the encoding of a text file: by its BOM, else UTF-8 where all of it is, else GB18030 (holds GBK).
 
+    Most Big5, Shift-JIS and EUC-KR texts decode as GB18030 too, into other characters: charset-normalizer has to agree.
+
     Raises:
-        UserError: The file is mostly UTF-8 with damaged bytes, or neither UTF-8 nor GBK. Says the line.
+        UserError: The file is mostly UTF-8 with damaged bytes, neither UTF-8 nor GBK, GBK that reads better as
+            something else, or a mixture. Says the line.
     """
     with open(path, "rb") as file:
         start = file.read(4)
@@ -79,6 +90,8 @@ def detect_encoding(path: Path) -> str:
         raise UserError(f"{path} line {line}: byte {offset} is not UTF-8, although the text around it is; repair it")
     fault = _first_fault(path, "gb18030")
     if fault is None:
+        _check_guess(path)
+        logger.warning("%s is read as GBK (GB18030), which is a guess; save it as UTF-8 if its text looks wrong", path)
         return "gb18030"
     raise UserError(
         f"{path} line {fault[1]}: the file is neither UTF-8 (first fault at byte {offset}) nor GBK (at byte "
@@ -103,6 +116,44 @@ def _first_fault(path: Path, encoding: str) -> tuple[int, int] | None:
                 return None
             offset += len(block)
             line += block.count(b"\n")
+
+
+def _check_guess(path: Path) -> None:
+    """Refuses a file that decodes as GB18030 and is something else, or has lines of UTF-8."""
+    from charset_normalizer import from_bytes
+
+    sample, start, checked = b"", 1, 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.isascii():
+                continue
+            if _is_long_utf8(line):
+                raise UserError(f"{path} line {number} is UTF-8 in a file of another encoding; save all of it as UTF-8")
+            if checked == SAMPLES:
+                continue
+            sample += line[:SAMPLE_BYTES]
+            if len(sample) >= SAMPLE_BYTES:
+                _compare_guess(path, from_bytes(sample), start)
+                sample, start, checked = b"", number + 1, checked + 1
+    if sample:
+        _compare_guess(path, from_bytes(sample), start)
+
+
+def _compare_guess(path: Path, matches: Any, line: int) -> None:
+    least = min((match.chaos for match in matches), default=0)
+    if any("gb18030" in match.could_be_from_charset and match.chaos <= least for match in matches):
+        return
+    best = matches.best()
+    found = f"reads like {best.encoding}" if best else "reads like no known encoding"
+    raise UserError(f"{path}: the text from line {line} on {found}, not like UTF-8 or GBK; save the file as UTF-8")
+
+
+def _is_long_utf8(line: bytes) -> bool:
+    """Whether a line is UTF-8 with so many other characters than ASCII that GBK would hardly look like it."""
+    try:
+        return sum(not character.isascii() for character in line.decode("utf-8")) >= LEAST_UTF8
+    except UnicodeDecodeError:
+        return False
 
 
 def _is_mostly_utf8(path: Path, offset: int) -> bool:
