@@ -2,8 +2,10 @@
 
 import json
 import random
+from collections.abc import Iterable
 from pathlib import Path
 
+import pytest
 import training_helpers
 from conversation_helpers import pair, user, write_jsonl
 from training_helpers import ROWS, decide
@@ -17,6 +19,11 @@ METHODS = {
     "freeze": {"finetuning_type": "freeze", "freeze_trainable_layers": 1, "learning_rate": 1e-2},
     "full": {"finetuning_type": "full", "learning_rate": 1e-2},
 }
+
+
+def once(names: Iterable[str], default: str) -> list:
+    """Parameters of a proof that is repeated over methods: all but the default one are thorough."""
+    return [pytest.param(name, marks=() if name == default else pytest.mark.thorough) for name in names]
 
 
 def write_pairs(path: Path, rows: int = ROWS, seed: int = 0) -> Path:

@@ -28,7 +28,7 @@ SEEDS = (1, 2, 3)
 REPLY_TOKENS = 16
 LARGEST_KL = 8.0  # nats of a whole reply; --ppo_target is 6
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def first_questions(file: str, count: int) -> list[str]:
@@ -92,6 +92,7 @@ def summarise(trainer, name: str, seed: int) -> dict[str, float]:
     return figures
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_rule_as_reward(folder, tiny_folder, tmp_path, seed):
     reward = f"{folder / 'rewards.py'}:colour"
@@ -152,7 +153,7 @@ def reward_model(folder, tiny_folder) -> Path:
     return folder / "rm"
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.thorough) for seed in SEEDS[1:])])
 def test_a_reward_model_as_reward(folder, tiny_folder, reward_model, tmp_path, seed):
     # Its scores have a scale of their own, which the KL's coefficient should not depend on.
     options = {"reward_model": reward_model, "ppo_score_norm": True, "ppo_kl_coef": 0.1}

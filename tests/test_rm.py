@@ -1,6 +1,5 @@
 """Reward models: loss, scores under padding, what each method trains, saves and resumes, a proof on held-out pairs."""
 
-import importlib.util
 import math
 import subprocess
 import sys
@@ -8,7 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import REPOSITORY
-from preference_helpers import METHODS, build_trainer, read_evaluation, remember_runs, train, write_pairs
+from preference_helpers import METHODS, build_trainer, once, read_evaluation, remember_runs, train, write_pairs
 from safetensors.torch import load_file
 from training_helpers import assert_resumes_to_the_same_weights, flags, load_result, losses, read_log
 
@@ -18,8 +17,7 @@ from finetune_chatmodel_demo.training.stages.pairs import PairCollator
 from finetune_chatmodel_demo.training.stages.ppo_rewards import RewardModel, load_reward_model
 from finetune_chatmodel_demo.training.stages.rm import pair_loss
 
-HAS_TRL = importlib.util.find_spec("trl") is not None
-STAGES = ["rm", pytest.param("dpo", marks=pytest.mark.skipif(not HAS_TRL, reason="trl is not installed"))]
+STAGES = ("rm", "dpo")
 RM_METHODS = ("lora", "freeze", "full")
 PAIR = {"prompt_ids": [5, 17, 0, 99], "chosen_ids": [31, 7, 2], "rejected_ids": [44, 0, 8, 9, 10, 2]}
 
@@ -94,7 +92,7 @@ def test_scores_are_float32_in_half_precision(model):
 # What is trained
 
 
-@pytest.mark.parametrize("method", RM_METHODS)
+@pytest.mark.parametrize("method", once(RM_METHODS, "lora"))
 def test_only_what_is_trained_changes_and_it_loads_to_the_same_scores(method, model, data, tmp_path, runs):
     assert train(model, data, tmp_path / "o", **METHODS[method], stage="rm", validation_file=data) == 0
     trainer, before = runs[0]
@@ -121,7 +119,7 @@ def test_only_what_is_trained_changes_and_it_loads_to_the_same_scores(method, mo
     torch.testing.assert_close(found, torch.tensor(expected[0]), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", RM_METHODS)
+@pytest.mark.parametrize("method", once(RM_METHODS, "lora"))
 def test_a_resumed_run_ends_with_the_same_weights(method, model, data, tmp_path):
     options = METHODS[method] | {"stage": "rm"}
     if method == "lora":
@@ -177,8 +175,7 @@ def test_a_result_is_evaluated_without_training(model, data, tmp_path):
     assert not (tmp_path / "p" / "model.safetensors").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", once(STAGES, "dpo"))
 def test_two_processes_count_every_pair_once(stage, model, tmp_path):
     """13 pairs in batches of 2 on 2 processes: three would be counted twice."""
     data = write_pairs(tmp_path / "pairs.jsonl", rows=13)
@@ -240,6 +237,7 @@ def test_a_loss_that_is_no_number_names_the_pairs(stage, model, data, tmp_path, 
     assert "pairs.jsonl line " in error
 
 
+@pytest.mark.thorough
 def test_a_loss_that_does_not_move_is_noted(model, data, tmp_path, caplog):
     options = {"finetuning_type": "lora", "max_steps": 32, "logging_steps": 10, "per_device_train_batch_size": 24}
     assert train(model, data, tmp_path / "o", stage="rm", learning_rate=1e-9, **options) == 0
@@ -261,7 +259,7 @@ def test_sums_of_scores_can_be_held_near_zero(model, data, tmp_path):
 # Quantized
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("bits", [4, 8])
 def test_an_adapter_on_a_quantized_base(bits, model, data, tmp_path, runs):
     pytest.importorskip("bitsandbytes")

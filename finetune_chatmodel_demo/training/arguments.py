@@ -107,10 +107,15 @@ class StageArguments:
         metadata={"help": "dpo, ppo: folder of the reference model; default: the model as it is before training."},
     )
     pref_beta: float = field(default=0.1, metadata={"help": "dpo: weight of the reference (arXiv:2305.18290)."})
-    pref_loss: Literal["sigmoid", "hinge", "ipo"] = field(default="sigmoid", metadata={"help": "dpo: the loss."})
+    pref_loss: Literal["sigmoid", "hinge", "ipo", "orpo", "simpo"] = field(
+        default="sigmoid", metadata={"help": "dpo: the loss; orpo and simpo do without a reference."}
+    )
     pref_ftx: float = field(default=0.0, metadata={"help": "dpo: weight of the chosen answers' sft loss."})
     dpo_label_smoothing: float = field(
         default=0.0, metadata={"help": "dpo: share of preferences taken to be wrong, below 0.5."}
+    )
+    simpo_gamma: float = field(
+        default=0.5, metadata={"help": "dpo: the margin that --pref_loss simpo wants (arXiv:2405.14734)."}
     )
     center_rewards_coefficient: float = field(
         default=0.0, metadata={"help": "rm: weight of a pair's squared sum of scores, e.g. 0.01 (arXiv:2312.09244)."}
@@ -169,6 +174,7 @@ class StageArguments:
             self,
             "[0, inf)",
             "pref_ftx",
+            "simpo_gamma",
             "center_rewards_coefficient",
             "ppo_kl_coef",
             "ppo_vf_coef",

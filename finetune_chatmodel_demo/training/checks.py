@@ -27,6 +27,7 @@ from finetune_chatmodel_demo.training.arguments import (
 from finetune_chatmodel_demo.training.counts import check_counts
 from finetune_chatmodel_demo.training.evaluation_checks import check_evaluation, check_overfit_check
 from finetune_chatmodel_demo.training.settings import Settings, trains
+from finetune_chatmodel_demo.training.stages.stage_checks import check_dpo, check_ppo
 from finetune_chatmodel_demo.training.zero import read_stage
 
 # Flags that mean something for one method only → how to choose it.
@@ -58,7 +59,7 @@ HOW_TO_CHOOSE = {
 }
 FLAGS_OF_STAGE = {
     "rm": ("center_rewards_coefficient",),
-    "dpo": ("pref_beta", "pref_loss", "pref_ftx", "dpo_label_smoothing"),
+    "dpo": ("pref_beta", "pref_loss", "pref_ftx", "dpo_label_smoothing", "simpo_gamma"),
     "ppo": (
         "reward_model",
         "reward_function",
@@ -232,13 +233,9 @@ def _check_stage(settings: Settings) -> None:
             f"--center_rewards_coefficient is {settings.stage.center_rewards_coefficient:g}; it must be 0 or more"
         )
     if stage == "dpo":
-        from finetune_chatmodel_demo.training.stages.dpo_settings import check_dpo_settings
-
-        check_dpo_settings(settings)
+        check_dpo(settings)
     if stage == "ppo":
-        from finetune_chatmodel_demo.training.stages.ppo_settings import check_ppo_settings
-
-        check_ppo_settings(settings)
+        check_ppo(settings)
 
 
 def _check_quantization(settings: Settings) -> None:

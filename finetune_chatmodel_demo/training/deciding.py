@@ -32,7 +32,7 @@ from finetune_chatmodel_demo.training.prediction import check_packages
 from finetune_chatmodel_demo.training.results import check_reporters
 from finetune_chatmodel_demo.training.schedule import check_scheduler, read_options
 from finetune_chatmodel_demo.training.settings import METHOD_TITLES, Settings
-from finetune_chatmodel_demo.training.stages.dpo_settings import build_dpo_arguments
+from finetune_chatmodel_demo.training.stages.stage_checks import default_metric
 
 DEFAULT_WARMUP_SHARE = 0.03
 
@@ -87,20 +87,10 @@ def _select(given: dict[str, object], arguments: type) -> dict[str, object]:
     return {name: value for name, value in given.items() if name in names}
 
 
-def _training_arguments_class(stage: str) -> type[TrainingArguments]:
-    """What the stage's trainer takes."""
-    if stage == "dpo":
-        from trl import DPOConfig
-
-        return DPOConfig
-    return TrainingArguments
-
-
 def _build_training_arguments(settings: Settings) -> TrainingArguments:
     given = settings.given
-    kind = _training_arguments_class(settings.stage.stage)
-    names = {item.name for item in fields(kind)}
-    chosen = _select(given, kind)
+    names = {item.name for item in fields(TrainingArguments)}
+    chosen = _select(given, TrainingArguments)
     if "lr_scheduler_kwargs" in chosen:
         chosen["lr_scheduler_kwargs"] = read_options(chosen["lr_scheduler_kwargs"])
     # transformers 5.23 renamed the flag; both names work, and the old one warns.
@@ -109,7 +99,6 @@ def _build_training_arguments(settings: Settings) -> TrainingArguments:
     wanted = chosen.get(checkpointing) if wanted is None else wanted
     chosen[checkpointing] = has_gpu(given) if wanted is None else bool(wanted)
     defaults = {
-        **(build_dpo_arguments(settings.stage) if settings.stage.stage == "dpo" else {}),
         "learning_rate": settings.usual_learning_rate,
         "warmup_steps": _default_warmup(given),
         "logging_steps": 10,
@@ -126,7 +115,7 @@ def _build_training_arguments(settings: Settings) -> TrainingArguments:
     # The library would compile the whole model, anew for many a length of rows. See `compile_elementwise`.
     forced["torch_compile"] = False
     try:
-        training = kind(**{**defaults, **chosen, **forced})
+        training = TrainingArguments(**{**defaults, **chosen, **forced})
     except ValueError as error:
         raise UserError(str(error)) from error
     check_scheduler(training, given, settings.notices)
@@ -165,8 +154,10 @@ def _default_evaluation(settings: Settings) -> dict[str, object]:
     if strategy == "steps":
         defaults["eval_steps"] = given.get("save_steps", 500)
     if stops_early:
-        defaults |= {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
+        defaults["load_best_model_at_end"] = True
         defaults["restore_callback_states_from_checkpoint"] = True
+    if given.get("load_best_model_at_end", stops_early) or given.get("save_strategy") == "best":
+        defaults["metric_for_best_model"] = default_metric(settings.stage.stage)
     if given.get("load_best_model_at_end", stops_early) and not {"save_steps", "save_strategy"} & given.keys():
         # The best evaluation has to have a checkpoint.
         ends = [end for end in ("steps", "strategy") if f"eval_{end}" in given]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.training.settings import Settings
+from finetune_chatmodel_demo.training.stages.stage_checks import check_metric
 
 
 def check_evaluation(settings: Settings) -> None:
@@ -62,8 +63,7 @@ def _check_best(settings: Settings) -> None:
             raise UserError("--eval_questions_file says what is asked, --eval_questions N how many; add it")
         if not Path(run.eval_questions_file).is_file():
             raise UserError(f"--eval_questions_file {run.eval_questions_file} does not exist")
-    if str(given.get("metric_for_best_model")) in ("exact", "eval_exact") and not run.eval_questions:
-        raise UserError("--metric_for_best_model exact needs --eval_questions N, e.g. 100, which measures it")
+    check_metric(settings)
 
 
 def check_overfit_check(settings: Settings) -> None:

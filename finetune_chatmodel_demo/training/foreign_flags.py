@@ -67,7 +67,7 @@ WITHOUT_EFFECT = {
 }
 # What to do instead of these flags, without which the run would be another one; switched off they are let through.
 _NO_BEAMS = "answers are greedy, or drawn with --do_sample True"
-_ONE_LOSS = "--pref_loss is sigmoid, hinge or ipo"
+_ONE_LOSS = "--pref_loss is sigmoid, hinge, ipo, orpo or simpo"
 _BY_MESSAGE = 'write "loss": false into the messages that shall not count, true into those that shall'
 _A_FOLDER = "give a folder as --model_name_or_path"
 _NO_GROWTH = "ChatGLM3's vocabulary is fixed"
@@ -107,7 +107,7 @@ REPLACED = {
     "the whole adapter has --learning_rate": "loraplus_lr_ratio loraplus_lr_embedding lora_lr_ratio",
     "export.py merges an adapter; give the merged folder as --ref_model": "ref_model_adapters ref_model_checkpoint",
     "both models are loaded as they were saved": "ref_model_quantization_bit reward_model_quantization_bit",
-    _ONE_LOSS: "pref_bco_weight simpo_gamma ld_alpha",
+    _ONE_LOSS: "pref_bco_weight ld_alpha",
     "--eval_questions N counts exact replies while training, evaluate.py afterwards": "compute_accuracy",
     "use --max_seq_length": "block_size",
     "use --optim adafactor": "adafactor",

@@ -41,7 +41,7 @@ HASHED_BYTES = 2**26  # a tenth of a second
 # Options that say where things lie and how long it takes: another value is no other model, data or method.
 PLACES = {"train_file", "validation_file", "dataset_dir", "tokenized_cache", "preprocessing_num_workers"}
 DECISIVE = (ModelArguments, MethodArguments, StageArguments, DataArguments)
-PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "datasets", "deepspeed", "bitsandbytes", "numpy")
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "deepspeed", "bitsandbytes", "numpy")
 # Files of a base model that decide its shape and its tokens, and are small enough to be hashed each time.
 MODEL_FILES = ("config.json", "tokenizer.model", "tokenizer_config.json", "model.safetensors.index.json")
 

@@ -1,81 +1,44 @@
-"""Direct preference optimization (Rafailov et al., 2023, arXiv:2305.18290) through TRL's trainer.
+"""Preference optimization: the policy comes to prefer the chosen replies, without a reward model.
 
     python finetune_chatmodel_demo/finetune.py --stage dpo --finetuning_type lora --dataset pokemon_preference \\
         --eval_dataset pokemon_preference_validation --model_name_or_path THUDM/chatglm3-6b --output_dir output/dpo \\
         --adapter_name_or_path output/sft
 
-TRL computes log-probabilities, losses and figures. Rows, order, checkpoints and the reference model are this project's.
-The reference is --ref_model where it is given, else
+The losses sigmoid (DPO), hinge and ipo compare the policy with a reference, orpo and simpo do without. The reference is
+--ref_model where it is given, else
 
     ptuning        the base model, the prefix off; also when the run starts from --ptuning_checkpoint
     lora           the base model, the adapter off; with --adapter_name_or_path, that adapter as it was at the start
     freeze, full   a copy of the trained parameters as they were at the start
-
-Exercise it with `pytest tests/test_dpo.py`.
 """
 
 from typing import Any
 
 import torch
-from datasets import Dataset
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedTokenizerBase
-from trl import DPOTrainer
 
 from finetune_chatmodel_demo.conversation.render import IGNORED_LABEL
+from finetune_chatmodel_demo.training.arguments import StageArguments
 from finetune_chatmodel_demo.training.settings import Settings
 from finetune_chatmodel_demo.training.stages.pairs import PairTrainer
 from finetune_chatmodel_demo.training.stages.reference import (
-    ReferenceModel,
+    Reference,
+    ReplyRows,
     build_reference,
     describe_reference,
     disable_dropout,
+    reply_log_probs,
+    reply_states,
 )
+from finetune_chatmodel_demo.training.stages.stage_checks import EVALUATED, WITHOUT_REFERENCE
 
 
-class PreferenceLoss(DPOTrainer):
-    """TRL's trainer for rows that are token ids already, and a reference model that it does not know.
+class PreferenceTrainer(PairTrainer):
+    """Trains a policy so that it prefers the chosen replies."""
 
-    Of TRL it uses the constructor, `_compute_loss`, which takes the reference's log-probabilities from the batch, and
-    the forward pass that the constructor adds to a model: log-probabilities of the labels, logits in chunks.
-    """
-
-    def __init__(self, model: nn.Module, train_dataset: Any, eval_dataset: Any, **kwargs: Any) -> None:
-        """Arguments: see `trl.DPOTrainer`; the data sets may be of any kind."""
-        # TRL rounds the parameters trained on a quantized base to bfloat16.
-        trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
-        super().__init__(
-            model=model,
-            train_dataset=_placeholder(),
-            eval_dataset=None if eval_dataset is None else _placeholder(),
-            **kwargs,
-        )
-        for parameter, values in trained:
-            parameter.data = values
-        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
-        self.processing_class = None  # with one, Trainer writes the tokenizer's special ids into the configuration
-        self.precompute_ref_logps = True
-
-    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """Nothing is to be tokenized."""
-        return dataset
-
-    def _send_telemetry(self) -> None:
-        """Nobody is told about the run."""
-
-
-class PreferenceTrainer(PairTrainer, PreferenceLoss):
-    """Trains a policy so that it prefers the chosen replies more than the reference does."""
-
-    EVALUATED = (
-        "loss",
-        "rewards/chosen",
-        "rewards/rejected",
-        "rewards/margins",
-        "rewards/accuracies",
-        "logps/chosen",
-        "logps/rejected",
-    )
+    FIGURES = EVALUATED["dpo"]
 
     def __init__(
         self,
@@ -90,11 +53,9 @@ class PreferenceTrainer(PairTrainer, PreferenceLoss):
         Raises:
             UserError: when the reference model cannot be loaded.
         """
-        self.reference = build_reference(model, settings, ReferenceModel)
-        own = self.reference.model if self.reference.is_own_model else _NoModel(model.config)
-        super().__init__(
-            model, settings, tokenizer, train_rows, validation_rows, processing_class=tokenizer, ref_model=own
-        )
+        needs_reference = settings.stage.pref_loss not in WITHOUT_REFERENCE
+        self.reference: Reference | None = build_reference(model, settings) if needs_reference else None
+        super().__init__(model, settings, tokenizer, train_rows, validation_rows)
         disable_dropout(self.model)
 
     def describe_objective(self) -> dict[str, str]:
@@ -102,87 +63,96 @@ class PreferenceTrainer(PairTrainer, PreferenceLoss):
         stage = self.settings.stage
         extra = f" + {stage.pref_ftx:g} × sft" if stage.pref_ftx else ""
         extra += f", label smoothing {stage.dpo_label_smoothing:g}" if stage.dpo_label_smoothing else ""
+        extra += f", gamma {stage.simpo_gamma:g}" if stage.pref_loss == "simpo" else ""
         return {
             "loss": f"{stage.pref_loss}{extra}, beta {stage.pref_beta:g}",
-            "reference": describe_reference(self.settings),
+            "reference": "none" if self.reference is None else describe_reference(self.settings),
         }
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor:
-        """The mean loss of a batch's pairs; TRL keeps their figures for the log."""
-        input_ids, labels = inputs["input_ids"], inputs["labels"]
-        chosen, rejected = self._reference_log_probs(input_ids, labels).chunk(2)
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        batch = {
-            "input_ids": input_ids,
-            "attention_mask": (positions < inputs["lengths"][:, None]).long(),
-            "completion_mask": (labels != IGNORED_LABEL).long(),
-            "ref_chosen_logps": chosen,
-            "ref_rejected_logps": rejected,
-        }
-
-        def forward(attention_mask: torch.Tensor, **kwargs: Any) -> Any:
-            """TRL counts tokens with the mask; the model needs none, as padding is on the right."""
-            return model(**kwargs)
-
-        return super().compute_loss(forward, batch, return_outputs, num_items_in_batch)
-
-    @torch.no_grad()
-    def _reference_log_probs(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """(2B,), of whole replies."""
-        with self.reference.in_place() as model, self.accelerator.autocast():
-            outputs = model(input_ids=input_ids, labels=labels, use_cache=False, fused_lm_head=True)
-        return outputs.log_probs.sum(dim=1)
-
-    def evaluate_pairs(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """See `PairTrainer`. TRL gives means over the pairs, which stand here for each of them."""
-        pairs = len(batch["lengths"]) // 2
-        everyone, self.accelerator = self.accelerator, _ThisProcess(self.accelerator)
-        try:
-            loss = self.compute_loss(model, batch)
-        finally:
-            self.accelerator = everyone
-        figures = {name: torch.full((pairs,), self._metrics["eval"][name][-1]) for name in self.EVALUATED[1:]}
-        self._metrics["eval"].clear()
-        return {"loss": loss.expand(pairs), **figures}
 
     def describe_run(self) -> dict[str, Any]:
         """What decides the course of a run; a resumed run is compared with it."""
-        names = ("pref_beta", "pref_loss", "pref_ftx", "dpo_label_smoothing", "ref_model")
+        names = ("pref_beta", "pref_loss", "pref_ftx", "dpo_label_smoothing", "simpo_gamma", "ref_model")
         return {**super().describe_run(), **{name: getattr(self.settings.stage, name) for name in names}}
 
-
-class _NoModel(nn.Module):
-    """Given to TRL as the reference model, so that it neither loads the base model again nor adds an adapter."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        self.config = config
-
-    def forward(self) -> None:
-        raise AssertionError("the reference model is not TRL's")
-
-
-class _ThisProcess:
-    """An accelerator that gathers nothing: processes may have different numbers of pairs at the end of evaluation."""
-
-    def __init__(self, accelerator: Any) -> None:
-        self._accelerator = accelerator
-
-    def gather(self, values: torch.Tensor) -> torch.Tensor:
-        return values
-
-    gather_for_metrics = gather
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._accelerator, name)
+    def compute_figures(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See `PairTrainer`."""
+        reply_lengths = (batch["labels"] != IGNORED_LABEL).sum(dim=1)
+        rows = ReplyRows(batch["input_ids"], batch["lengths"] - reply_lengths, reply_lengths)
+        with self.accelerator.autocast():
+            # Through the wrapper of several processes, which gathers the gradients.
+            outputs = model(input_ids=rows.input_ids, use_cache=False, output_logits=False, output_hidden_states=True)
+            states = reply_states(outputs.hidden_states[-1], rows)
+            log_probs = reply_log_probs(self.accelerator.unwrap_model(model), states, rows)[0].sum(dim=1)
+            reference = torch.zeros_like(log_probs)
+            if self.reference is not None:
+                reference = self.reference.log_probs(rows).sum(dim=1)
+        return preference_figures(self.settings.stage, log_probs, reference, reply_lengths)
 
 
-def _placeholder() -> Dataset:
-    """TRL takes no other kind of data set; the rows take its place at once."""
-    return Dataset.from_dict({name: [[0]] for name in ("prompt_ids", "chosen_ids", "rejected_ids")})
+def preference_figures(
+    stage: StageArguments, log_probs: torch.Tensor, reference: torch.Tensor, lengths: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """The losses and the figures of B pairs, (B,) each.
+
+    Args:
+        stage: the flags of dpo.
+        log_probs: (2B,) of whole replies, the chosen ones first; gradients flow into these.
+        reference: (2B,) the reference's, or zeros.
+        lengths: (2B,) tokens of the replies.
+    """
+    gained = log_probs - reference
+    loss = preference_loss(stage, *gained.chunk(2), *lengths.chunk(2))
+    chosen, rejected = log_probs.chunk(2)
+    if stage.pref_ftx:
+        # All tokens of the batch's chosen replies weigh the same.
+        loss = loss - stage.pref_ftx * chosen.sum() / lengths.chunk(2)[0].sum()
+    rewards = stage.pref_beta * (gained / lengths if stage.pref_loss in WITHOUT_REFERENCE else gained).detach()
+    better, worse = rewards.chunk(2)
+    return {
+        "loss": loss,
+        "rewards/chosen": better,
+        "rewards/rejected": worse,
+        "rewards/margins": better - worse,
+        "rewards/accuracies": (better > worse).float(),
+        "logps/chosen": chosen.detach(),
+        "logps/rejected": rejected.detach(),
+    }
+
+
+def preference_loss(
+    stage: StageArguments,
+    chosen: torch.Tensor,
+    rejected: torch.Tensor,
+    chosen_lengths: torch.Tensor,
+    rejected_lengths: torch.Tensor,
+) -> torch.Tensor:
+    """The loss of B pairs, (B,).
+
+    sigmoid: DPO, arXiv:2305.18290; with label smoothing the unbiased form of arXiv:2403.00409. hinge: SLiC,
+    arXiv:2305.10425. ipo: arXiv:2310.12036, equation 17, of means over tokens, as its authors computed it. orpo:
+    arXiv:2403.07691, equations 6 and 7. simpo: arXiv:2405.14734, equation 6.
+
+    Args:
+        stage: `pref_loss`, `pref_beta`, `dpo_label_smoothing` and `simpo_gamma` are used.
+        chosen, rejected: (B,) log-probabilities of the replies, minus the reference's where the loss has one.
+        chosen_lengths, rejected_lengths: (B,) tokens of the replies.
+    """
+    beta, smoothing = stage.pref_beta, stage.dpo_label_smoothing
+    difference = chosen - rejected
+    chosen_mean, rejected_mean = chosen / chosen_lengths, rejected / rejected_lengths
+    if stage.pref_loss == "sigmoid":
+        right, wrong = -F.logsigmoid(beta * difference), -F.logsigmoid(-beta * difference)
+        return ((1 - smoothing) * right - smoothing * wrong) / (1 - 2 * smoothing)
+    if stage.pref_loss == "hinge":
+        return torch.relu(1 - beta * difference)
+    if stage.pref_loss == "ipo":
+        return (chosen_mean - rejected_mean - 1 / (2 * beta)) ** 2
+    if stage.pref_loss == "simpo":
+        return -F.logsigmoid(beta * (chosen_mean - rejected_mean) - stage.simpo_gamma)
+    log_odds = chosen_mean - rejected_mean - _log1mexp(chosen_mean) + _log1mexp(rejected_mean)
+    return -chosen_mean - beta * F.logsigmoid(log_odds)
+
+
+def _log1mexp(values: torch.Tensor) -> torch.Tensor:
+    """log(1 - exp(x)) of values below 0; a reply of probability 1 would be infinite."""
+    return torch.log(-torch.expm1(values.clamp(max=-1e-6)))

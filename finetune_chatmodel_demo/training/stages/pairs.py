@@ -1,7 +1,4 @@
-"""What rm and dpo share: batches of pairs, and figures that are means over pairs in the log and in evaluation.
-
-Exercise it with `pytest tests/test_rm.py tests/test_dpo.py`.
-"""
+"""What rm and dpo share: batches of pairs, and figures that are means over pairs in the log and in evaluation."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -78,12 +75,13 @@ class PairWatch(LearningWatch):
 
 
 class PairTrainer(RunTrainer):
-    """Trains on rows of `prompt_ids`, `chosen_ids` and `rejected_ids`; evaluation counts every pair once.
+    """Trains on rows of `prompt_ids`, `chosen_ids` and `rejected_ids`; every pair counts once in every figure.
 
-    Subclasses say in EVALUATED which figures `evaluate_pairs` gives, `loss` among them.
+    Attributes:
+        FIGURES: names of what `compute_figures` gives; the first is "loss".
     """
 
-    EVALUATED: Sequence[str] = ()
+    FIGURES: Sequence[str] = ("loss",)
     # A batch's loss is the mean over its pairs, whatever their lengths.
     loss_is_scaled_for_ga = False
 
@@ -94,13 +92,9 @@ class PairTrainer(RunTrainer):
         tokenizer: PreTrainedTokenizerBase,
         train_rows: Any | None,
         validation_rows: Any | None = None,
-        **kwargs: Any,
     ) -> None:
-        """
-        Args:
-            model, settings, tokenizer, train_rows, validation_rows, kwargs: see `RunTrainer`.
-        """
-        self._evaluated = PairSums()
+        """Arguments: see `RunTrainer`."""
+        self._trained, self._evaluated = PairSums(), PairSums()
         super().__init__(
             model,
             settings,
@@ -109,12 +103,23 @@ class PairTrainer(RunTrainer):
             train_rows,
             validation_rows,
             callbacks=[PairWatch(settings, getattr(train_rows, "report", None), LEARNED)],
-            **kwargs,
         )
         self.model_accepts_loss_kwargs = False  # what `loss_is_scaled_for_ga` says, before transformers 5.19
 
     def describe_objective(self) -> dict[str, str]:
         """Lines of the table before the start: what is minimised."""
+        raise NotImplementedError
+
+    def compute_figures(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The loss and the figures of pairs.
+
+        Args:
+            model: maybe in a wrapper of several processes.
+            batch: n pairs of this process, n at least 1, as `PairCollator` makes them.
+
+        Returns:
+            A tensor (n,) for each name of FIGURES.
+        """
         raise NotImplementedError
 
     def describe_steps(self, steps: int) -> dict[str, str]:
@@ -128,17 +133,23 @@ class PairTrainer(RunTrainer):
             **self.describe_objective(),
         }
 
-    def evaluate_pairs(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Figures of validation pairs.
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """The mean loss of a batch's pairs; their figures are kept for the log."""
+        figures = self.compute_figures(model, inputs)
+        self._trained.add(figures)
+        return figures["loss"].mean()
 
-        Args:
-            model: in evaluation mode.
-            batch: n pairs of this process, n at least 1, as `PairCollator` makes them.
-
-        Returns:
-            A tensor (n,) for each name of EVALUATED.
-        """
-        raise NotImplementedError
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means over the pairs since the last entry to every entry with a training loss."""
+        if "loss" in logs:
+            logs.update(self._trained.collect(self.FIGURES[1:], self._add_up))
+        super().log(logs, start_time)
 
     def prediction_step(
         self,
@@ -155,7 +166,7 @@ class PairTrainer(RunTrainer):
             return torch.zeros((), device=self.args.device), None, None
         is_own = is_own.repeat(2).to(self.args.device)
         with torch.no_grad(), self.compute_loss_context_manager():
-            figures = self.evaluate_pairs(model, {name: values[is_own] for name, values in inputs.items()})
+            figures = self.compute_figures(model, {name: values[is_own] for name, values in inputs.items()})
         self._evaluated.add(figures)
         return figures["loss"].mean(), None, None
 
@@ -164,7 +175,7 @@ class PairTrainer(RunTrainer):
         self._evaluated = PairSums()
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        for name, mean in self._evaluated.collect(self.EVALUATED, self._add_up).items():
+        for name, mean in self._evaluated.collect(self.FIGURES, self._add_up).items():
             output.metrics[f"{prefix}_{name}"] = mean
         return output
 

@@ -4,11 +4,15 @@
         --train_file formatted_data/pokemon_conversations.jsonl --model_name_or_path THUDM/chatglm3-6b \\
         --adapter_name_or_path output/sft --output_dir output/ppo --max_new_tokens 128
 
-The formulas are in `ppo_math`, the networks in `ppo_policy`, what a rollout is in `ppo_rollouts`, the meaning of the
-flags in `ppo_settings`. Exercise it with `pytest tests/test_ppo.py`.
+A rollout has `per_device_train_batch_size × gradient_accumulation_steps × ppo_buffer_size` replies on each process.
+Every one of its `ppo_epochs` passes makes `ppo_buffer_size` optimizer updates, each from batch size × accumulation
+replies. `--max_steps` and everything else in steps counts updates. `--num_train_epochs N` is as many rollouts as it
+takes to answer every prompt N times.
 """
 
+import math
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +26,36 @@ from finetune_chatmodel_demo.conversation.collating import PadCollator
 from finetune_chatmodel_demo.generation.session import prompt_budget
 from finetune_chatmodel_demo.training.report import uses_checkpointing
 from finetune_chatmodel_demo.training.settings import Settings
-from finetune_chatmodel_demo.training.stages import ppo_settings
-from finetune_chatmodel_demo.training.stages.ppo_collecting import Collector
-from finetune_chatmodel_demo.training.stages.ppo_figures import Figures
-from finetune_chatmodel_demo.training.stages.ppo_policy import PolicyWithValue, Reference, without_adapter_wrapper
+from finetune_chatmodel_demo.training.stages.ppo_figures import Figures, RolloutWatch
+from finetune_chatmodel_demo.training.stages.ppo_math import kl_k3, policy_loss, value_loss
 from finetune_chatmodel_demo.training.stages.ppo_rewards import build_reward
-from finetune_chatmodel_demo.training.stages.ppo_rollouts import Rollout, order_of_prompts, seed_of
-from finetune_chatmodel_demo.training.stages.ppo_updating import Updater
-from finetune_chatmodel_demo.training.stages.ppo_watch import RolloutWatch
-from finetune_chatmodel_demo.training.stages.reference import build_reference, disable_dropout
-from finetune_chatmodel_demo.training.trainer import RunTrainer
+from finetune_chatmodel_demo.training.stages.ppo_rollouts import (
+    Collector,
+    PolicyWithValue,
+    Rollout,
+    order_of_prompts,
+    seed_of,
+)
+from finetune_chatmodel_demo.training.stages.reference import (
+    build_reference,
+    disable_dropout,
+    without_adapter_wrapper,
+)
+from finetune_chatmodel_demo.training.stages.stage_checks import sampling_of
+from finetune_chatmodel_demo.training.trainer import NonFiniteLossError, RunTrainer
 
 STATE_FILE = "ppo_state.pt"
 ROLLOUT_FILE = "ppo_rollout_{process}.pt"
+# Means over the tokens of an update. `policy_kl`: how far the policy has moved since the rollout.
+UPDATE_FIGURES = (
+    "policy_loss",
+    "value_loss",
+    "entropy",
+    "clip_fraction",
+    "value_clip_fraction",
+    "ratio",
+    "policy_kl",
+)
 
 
 class PPOTrainer(RunTrainer):
@@ -54,36 +75,52 @@ class PPOTrainer(RunTrainer):
             UserError: for a prompt that leaves no room for a reply, or a reward that cannot be loaded.
         """
         super().__init__(model, settings, tokenizer, PadCollator(tokenizer.pad_token_id), train_rows, validation_rows)
-        for rows in (train_rows, validation_rows):
-            _check_room(rows, model, settings.generation.max_new_tokens)
+        _check_room((train_rows, validation_rows), model, settings.generation.max_new_tokens)
         disable_dropout(self.model)
-        self.policy = PolicyWithValue(self.model, ppo_settings.sampling_of(settings)["temperature"])
+        self.policy = PolicyWithValue(self.model, sampling_of(settings)["temperature"])
         self.collector = Collector(
             self.policy,
-            build_reference(self.model, settings, Reference),
+            build_reference(self.model, settings),
             build_reward(settings, tokenizer),
             settings,
             tokenizer,
             self.accelerator,
             self._describe_failure,
         )
-        self.updater: Updater | None = None
+        self.wrapped_policy: nn.Module = self.policy  # averages gradients over processes, once the training has begun
         self.figures, self.rollout_watch = Figures(), RolloutWatch(settings)
         self.rollout: Rollout | None = None
         self.rollouts_done = self.updates_done = 0  # whole rollouts, and updates of the one at work
 
     # The run
 
+    @property
+    def replies_of_update(self) -> int:
+        """Replies of one process that an optimizer update learns from."""
+        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+
+    @property
+    def replies_of_rollout(self) -> int:
+        """Replies of all processes in a rollout."""
+        return self.replies_of_update * self.settings.stage.ppo_buffer_size * self.args.world_size
+
+    @property
+    def updates_of_rollout(self) -> int:
+        """Optimizer updates that learn from a rollout."""
+        return self.settings.stage.ppo_epochs * self.settings.stage.ppo_buffer_size
+
     def count_steps(self) -> int:
         """Optimizer updates of the whole run."""
-        return ppo_settings.count_updates(self.settings, len(self.train_dataset))
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        rollouts = math.ceil(self.args.num_train_epochs * len(self.train_dataset) / self.replies_of_rollout)
+        return max(1, rollouts) * self.updates_of_rollout
 
     def describe_steps(self, steps: int) -> dict[str, str]:
         """Lines of the table before the start: title → text."""
         stage, prompts = self.settings.stage, len(self.train_dataset)
-        replies = ppo_settings.replies_of_rollout(self.settings) * self.args.world_size
-        updates = ppo_settings.updates_of_rollout(self.settings)
-        sampling = ", ".join(f"{name} {value:g}" for name, value in ppo_settings.sampling_of(self.settings).items())
+        replies, updates = self.replies_of_rollout, self.updates_of_rollout
+        sampling = ", ".join(f"{name} {value:g}" for name, value in sampling_of(self.settings).items())
         adaptive = f", adapted to a KL of {stage.ppo_target:g}" if stage.ppo_adaptive_kl else ""
         return {
             "steps": f"{steps} updates, {updates} ({stage.ppo_epochs} epochs × {stage.ppo_buffer_size}) a rollout of "
@@ -111,7 +148,7 @@ class PPOTrainer(RunTrainer):
         while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             losses.append(self._step())
         steps = self.state.global_step - first
-        replies = steps * ppo_settings.replies_of_update(self.args) * self.args.world_size
+        replies = steps * self.replies_of_update * self.args.world_size
         metrics = speed_metrics("train", started, num_samples=replies, num_steps=steps)
         metrics["train_loss"] = sum(losses) / max(len(losses), 1)
         self.log(metrics)
@@ -128,7 +165,7 @@ class PPOTrainer(RunTrainer):
         self.create_optimizer()
         self.create_scheduler(steps)
         self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
-        self.updater = Updater(self.policy, self.settings, self.accelerator, self._describe_failure)
+        self.wrapped_policy = self.accelerator.prepare_model(self.policy, device_placement=False)
         self.state = (
             TrainerState()
             if checkpoint is None
@@ -145,19 +182,10 @@ class PPOTrainer(RunTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of the flags; the value head has a learning rate of its own."""
         if self.optimizer is None:
-            decaying = set(self.get_decay_parameter_names(self.model))
-            named = [(name, value) for name, value in self.model.named_parameters() if value.requires_grad]
-            groups = [
-                {
-                    "params": [value for name, value in named if (name in decaying) == decays],
-                    "weight_decay": self.args.weight_decay if decays else 0.0,
-                }
-                for decays in (True, False)
-            ]
+            super().create_optimizer(model)
+            self.optimizer.param_groups = [group for group in self.optimizer.param_groups if group["params"]]
             head = {"params": list(self.policy.value_head.parameters()), "weight_decay": 0.0}
-            head["lr"] = self.settings.stage.ppo_value_lr
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = kind([group for group in groups if group["params"]] + [head], **options)
+            self.optimizer.add_param_group({**head, "lr": self.settings.stage.ppo_value_lr})
         return self.optimizer
 
     # A step
@@ -167,8 +195,7 @@ class PPOTrainer(RunTrainer):
         seed, process, processes = self.args.seed, self.args.process_index, self.args.world_size
         # Every generator starts anew, also those that a reward function may use: a resumed run draws the same.
         set_seed(seed_of(seed, self.rollouts_done, process))
-        size = ppo_settings.replies_of_rollout(self.settings) * processes
-        data_seed = seed if self.args.data_seed is None else self.args.data_seed
+        size, data_seed = self.replies_of_rollout, seed if self.args.data_seed is None else self.args.data_seed
         rows = order_of_prompts(len(self.train_dataset), self.rollouts_done * size, size, data_seed)[process::processes]
         prompts = [self.train_dataset.rows[row]["input_ids"] for row in rows]
         rollout, figures = self.collector.collect(prompts, rows)
@@ -183,7 +210,7 @@ class PPOTrainer(RunTrainer):
             self.rollout = self._collect()
         replies = self._replies_of_this_update()
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        figures = self.updater.compute_gradients(replies)
+        figures = self.compute_gradients(replies)
         self.optimizer.step()
         if not self.accelerator.optimizer_step_was_skipped:
             self.lr_scheduler.step()
@@ -202,7 +229,7 @@ class PPOTrainer(RunTrainer):
 
     def _replies_of_this_update(self) -> Rollout:
         """The replies that this update learns from: each once in a pass over the rollout, in random order."""
-        size = ppo_settings.replies_of_update(self.args)
+        size = self.replies_of_update
         epoch, place = divmod(self.updates_done, self.settings.stage.ppo_buffer_size)
         seed = seed_of(self.args.seed, self.rollouts_done, self.args.process_index, epoch)
         order = torch.randperm(len(self.rollout.scores), generator=torch.Generator().manual_seed(seed))
@@ -211,12 +238,69 @@ class PPOTrainer(RunTrainer):
     def _advance(self) -> None:
         """Counts an update; after the last one of a rollout the next begins."""
         self.updates_done += 1
-        whole = ppo_settings.updates_of_rollout(self.settings)
+        whole = self.updates_of_rollout
         if self.updates_done == whole:
             self.rollout, self.updates_done = None, 0
             self.rollouts_done += 1
-        size = ppo_settings.replies_of_rollout(self.settings) * self.args.world_size
-        self.state.epoch = (self.rollouts_done + self.updates_done / whole) * size / len(self.train_dataset)
+        rollouts = self.rollouts_done + self.updates_done / whole
+        self.state.epoch = rollouts * self.replies_of_rollout / len(self.train_dataset)
+
+    def compute_gradients(self, replies: Rollout) -> dict[str, float]:
+        """Forward and backward in batches of --per_device_train_batch_size; gradients are clipped.
+
+        Every token of the update weighs the same, whatever the batches and processes.
+
+        Args:
+            replies: of this process, all that the update learns from.
+
+        Returns:
+            The log's figures of the update, over all processes.
+
+        Raises:
+            NonFiniteLossError: names the rows.
+        """
+        self.policy.train()
+        tokens = self.accelerator.reduce(replies.mask.sum(), reduction="sum")
+        lengths = replies.prompt_lengths + replies.reply_lengths
+        batches = lengths.argsort(descending=True, stable=True).split(self.args.per_device_train_batch_size)
+        sums = torch.zeros(len(UPDATE_FIGURES), device=lengths.device)
+        for number, chosen in enumerate(batches):
+            is_last = number == len(batches) - 1
+            with nullcontext() if is_last else self.accelerator.no_sync(self.wrapped_policy):
+                sums += self._learn_from(replies.select(chosen), tokens)
+        parameters = [value for value in self.policy.parameters() if value.requires_grad]
+        norm = self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm or float("inf"))
+        if self.settings.precision != "float16" and not torch.isfinite(norm):
+            failure = self._describe_failure(f"the gradient's norm is {float(norm)}", [replies.row_index])
+            raise NonFiniteLossError(failure)
+        figures = dict(zip(UPDATE_FIGURES, (self.accelerator.reduce(sums, reduction="sum") / tokens).tolist()))
+        loss = figures["policy_loss"] + self.settings.stage.ppo_vf_coef * figures["value_loss"]
+        return {"loss": loss, "grad_norm": float(norm), **figures}
+
+    def _learn_from(self, batch: Rollout, tokens: torch.Tensor) -> torch.Tensor:
+        """Gradients of a batch's share in the loss of an update.
+
+        Args:
+            batch: some of the update's replies.
+            tokens: () reply tokens of the whole update on all processes.
+
+        Returns:
+            (figures,): sums over the batch's tokens, in the order of UPDATE_FIGURES.
+        """
+        stage, mask = self.settings.stage, batch.mask
+        log_probs, entropies, values = self.wrapped_policy(batch.input_ids, batch.prompt_lengths, batch.reply_lengths)
+        policy, clipped = policy_loss(log_probs, batch.log_probs, batch.advantages, mask, stage.ppo_cliprange)
+        value, value_clipped = value_loss(values, batch.values, batch.returns, mask, stage.ppo_cliprange_value)
+        summed = policy + stage.ppo_vf_coef * value
+        if not torch.isfinite(summed):
+            raise NonFiniteLossError(self._describe_failure(f"the loss is {summed.item()}", [batch.row_index]))
+        # Gradients are averaged over processes, and the loss is a mean over the tokens of all of them.
+        self.accelerator.backward(summed * self.args.world_size / tokens)
+        with torch.no_grad():
+            moved = kl_k3(batch.log_probs, log_probs)
+            ratio = ((log_probs - batch.log_probs).exp() * mask).sum()
+            figures = [policy, value, entropies.sum(), clipped, value_clipped, ratio, moved.sum()]
+            return torch.stack([figure.detach().float() for figure in figures])
 
     def _log_save_evaluate(self, learning_rate: float) -> None:
         """What the callbacks have asked for after a step."""
@@ -266,7 +350,7 @@ class PPOTrainer(RunTrainer):
             state = {
                 "value_head": self.policy.value_head.state_dict(),
                 "collector": self.collector.state(),
-                "figures": self.figures.state(),
+                "figures": dict(vars(self.figures)),
                 "rollouts_done": self.rollouts_done,
                 "updates_done": self.updates_done,
                 "rollout_shape": self._rollout_shape(),
@@ -285,7 +369,7 @@ class PPOTrainer(RunTrainer):
         state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
         self.policy.value_head.load_state_dict(state["value_head"])
         self.collector.load(state["collector"])
-        self.figures.load(state["figures"])
+        vars(self.figures).update(state["figures"])
         self.rollouts_done, self.updates_done = state["rollouts_done"], state["updates_done"]
         if self.updates_done == 0:
             return
@@ -304,25 +388,22 @@ class PPOTrainer(RunTrainer):
     def describe_run(self) -> dict[str, Any]:
         """What decides the course of a run; a resumed run is compared with it."""
         names = [name for name in vars(self.settings.stage) if name.startswith(("ppo_", "reward_", "ref_"))]
-        sampling = ppo_settings.sampling_of(self.settings)
         return {
             **super().describe_run(),
             **{name: getattr(self.settings.stage, name) for name in names},
             "max_new_tokens": self.settings.generation.max_new_tokens,
-            **sampling,
+            **sampling_of(self.settings),
         }
 
 
-def _check_room(rows: Any | None, model: nn.Module, max_new_tokens: int) -> None:
+def _check_room(datasets: tuple[Any | None, ...], model: nn.Module, max_new_tokens: int) -> None:
     """Raises a UserError for a prompt after which no reply of `max_new_tokens` fits."""
-    try:
-        budget = prompt_budget(model, max_new_tokens)
-    except ValueError as error:
-        raise UserError(f"--max_new_tokens: {error}") from error
-    for i in range(0 if rows is None else len(rows)):
-        length = len(rows[i]["input_ids"])
+    budget = prompt_budget(model, max_new_tokens)
+    for rows in datasets:
+        row, length = max(enumerate(rows.lengths if rows is not None else []), key=lambda pair: pair[1], default=(0, 0))
         if length > budget:
             raise UserError(
-                f"the prompt of row {i} ({rows.where(i)}) has {length} tokens; with --max_new_tokens {max_new_tokens} "
-                f"at most {budget} fit into the model's context: lower one of --max_new_tokens and --max_seq_length"
+                f"the prompt of row {row} ({rows.where(row)}) has {length} tokens; with --max_new_tokens "
+                f"{max_new_tokens} at most {budget} fit into the model's context: lower one of --max_new_tokens and "
+                "--max_seq_length"
             )

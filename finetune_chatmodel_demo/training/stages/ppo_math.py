@@ -1,4 +1,4 @@
-"""The formulas of PPO on replies, as pure functions of tensors; `pytest tests/test_ppo_math.py` checks each number.
+"""The formulas of PPO on replies, as pure functions of tensors.
 
 Shapes: B replies, T the longest reply of the batch. Position t of a reply is its t-th token, the stop token included;
 every `mask` is (B, T) bool, True where there is a token of the reply (padding stands on the right).
@@ -12,10 +12,8 @@ Sources, by the names used below:
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 # Keeps a division by the square root of a variance finite; OpenAI's value.
 VARIANCE_EPSILON = 1e-8
@@ -31,11 +29,6 @@ def this_process_alone(values: torch.Tensor) -> torch.Tensor:
 
 
 # Moments
-
-
-def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of the values (B, T) where `mask` is True; 0 where it is True nowhere. Returns ()."""
-    return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
 def masked_moments(
@@ -116,26 +109,7 @@ class RunningMoments:
         self.mean, self.variance, self.count = state["mean"], state["variance"], state["count"]
 
 
-# Probabilities
-
-
-def log_probs_and_entropy(
-    logits: torch.Tensor, ids: torch.Tensor, temperature: float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each id, and the entropy of the distribution that it was drawn from, at a temperature.
-
-    Args:
-        logits: (N, vocabulary); computed with in float32.
-        ids: (N,).
-        temperature: divides the logits: the policy is the distribution that replies are drawn from (N details).
-
-    Returns:
-        (N,), (N,): log softmax(logits / temperature)[id], and -Σ p log p in nats, into which no gradient flows.
-    """
-    log_probs = F.log_softmax(logits.float() / temperature, dim=-1)
-    constant = log_probs.detach()
-    entropy = -(constant.exp() * constant).sum(dim=-1)
-    return log_probs.gather(-1, ids[:, None]).squeeze(-1), entropy
+# The KL
 
 
 def kl_k1(log_probs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -273,40 +247,17 @@ def explained_variance(
     return 1 - error / masked_moments(returns, mask, add_up)[1].clamp(min=VARIANCE_EPSILON)
 
 
-# The coefficient of the KL
-
-
-@dataclass
-class FixedKL:
-    """A coefficient that stays."""
-
-    coef: float
-
-    def update(self, kl: float, replies: int) -> None:
-        """Does nothing."""
-
-
-@dataclass
-class AdaptiveKL:
-    """A coefficient that moves the KL towards a target, a proportional controller in log space (Ziegler, 2.2).
+def move_kl_coef(coef: float, kl: float, target: float, replies: int, horizon: float) -> float:
+    """The KL's coefficient after a rollout, a proportional controller in log space (Ziegler, 2.2).
 
     e = clip(KL / target - 1, -0.2, 0.2),  β ← β · (1 + e · replies / horizon).
 
-    Attributes:
+    Args:
         coef: β.
-        target: the KL of a whole reply, in nats.
+        kl: mean over the rollout's replies of their KL, summed over tokens.
+        target: the KL of a whole reply that is wanted, in nats.
+        replies: how many the rollout had.
         horizon: replies over which an error of 1 doubles β (10,000 in OpenAI's code).
     """
-
-    coef: float
-    target: float
-    horizon: float = 10_000
-
-    def update(self, kl: float, replies: int) -> None:
-        """
-        Args:
-            kl: mean over the last replies of their KL, summed over tokens.
-            replies: how many these were.
-        """
-        error = max(-LARGEST_KL_ERROR, min(LARGEST_KL_ERROR, kl / self.target - 1))
-        self.coef *= 1 + error * replies / self.horizon
+    error = max(-LARGEST_KL_ERROR, min(LARGEST_KL_ERROR, kl / target - 1))
+    return coef * (1 + error * replies / horizon)

@@ -3,14 +3,14 @@
     def mentions_grass(prompts: list[str], replies: list[str]) -> list[float]:
         return [1.0 if "草" in reply else 0.0 for reply in replies]
 
-`--reward_function rewards.py:mentions_grass` scores with it. Exercise it with `pytest tests/test_ppo_rewards.py`.
+`--reward_function rewards.py:mentions_grass` scores with it.
 """
 
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,25 +22,17 @@ from finetune_chatmodel_demo.chatglm3.lora_files import is_adapter_checkpoint, r
 from finetune_chatmodel_demo.chatglm3.model_folder import read_model_config
 from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.generation.replies import read_reply
-from finetune_chatmodel_demo.training.stages.ppo_policy import build_rows, without_adapter_wrapper
+from finetune_chatmodel_demo.training.settings import Settings
+from finetune_chatmodel_demo.training.stages.reference import build_rows, without_adapter_wrapper
 
-if TYPE_CHECKING:
-    from finetune_chatmodel_demo.training.settings import Settings
-
+# Scores (B,) in float32 of prompts and replies, ids of B each; a reply has its stop token.
+Reward = Callable[[list[list[int]], list[list[int]]], torch.Tensor]
 LONGEST_EXCERPT = 80
 SIGNATURE = "NAME(prompts: list[str], replies: list[str]) -> list[float]"
 
 
 class RewardError(UserError):
     """A reward function failed, or returned something that is no list of finite numbers."""
-
-
-class Reward(Protocol):
-    """What PPO asks of a reward."""
-
-    def __call__(self, prompts: list[list[int]], replies: list[list[int]]) -> torch.Tensor:
-        """Scores (B,) in float32 of replies (ids with their stop token) to prompts."""
-        ...
 
 
 class RewardFunction:
@@ -74,41 +66,28 @@ class RewardFunction:
         asked = [self.tokenizer.decode(ids) for ids in prompts]
         answers = [self._read(ids) for ids in replies]
         try:
-            scores = self.function(asked, answers)
+            scores = [float(score) for score in self.function(asked, answers)]
         except Exception as error:
             raise RewardError(
-                f"--reward_function {self.reference} failed with {type(error).__name__}: {error}; the first of its "
-                f"{len(answers)} replies was {_shorten(answers[0])}"
+                f"--reward_function {self.reference} failed, or returned no list of numbers: {type(error).__name__}: "
+                f"{error}; the first of its {len(answers)} replies was {_shorten(answers[0])}"
             ) from error
-        return torch.tensor(self._check(scores, answers), dtype=torch.float32)
-
-    def _read(self, ids: list[int]) -> str:
-        stop = ids[-1] in self.tokenizer.stop_token_ids
-        return read_reply(self.tokenizer, ids[:-1] if stop else ids, self.prompt_format).text
-
-    def _check(self, scores: Any, answers: list[str]) -> list[float]:
-        if isinstance(scores, str) or not hasattr(scores, "__len__") or not hasattr(scores, "__iter__"):
-            raise RewardError(
-                f"--reward_function {self.reference} returned {type(scores).__name__}; expected a list of numbers"
-            )
         if len(scores) != len(answers):
             raise RewardError(
                 f"--reward_function {self.reference} returned {len(scores)} scores for {len(answers)} replies; it "
                 "must return one each, in their order"
             )
-        numbers = []
         for score, answer in zip(scores, answers):
-            try:
-                number = float(score)
-            except (TypeError, ValueError):
-                number = math.nan
-            if not math.isfinite(number):
+            if not math.isfinite(score):
                 raise RewardError(
-                    f"--reward_function {self.reference} returned {score!r} for the reply {_shorten(answer)}; expected "
+                    f"--reward_function {self.reference} returned {score} for the reply {_shorten(answer)}; expected "
                     "a finite number"
                 )
-            numbers.append(number)
-        return numbers
+        return torch.tensor(scores, dtype=torch.float32)
+
+    def _read(self, ids: list[int]) -> str:
+        stop = ids[-1] in self.tokenizer.stop_token_ids
+        return read_reply(self.tokenizer, ids[:-1] if stop else ids, self.prompt_format).text
 
 
 def check_reward_function(reference: str) -> tuple[Path, str]:
@@ -243,7 +222,7 @@ def load_reward_model(
         raise UserError(f"--reward_model {folder} cannot be loaded: {error}") from error
 
 
-def build_reward(settings: "Settings", tokenizer: Any) -> Reward:
+def build_reward(settings: Settings, tokenizer: Any) -> Reward:
     """The reward of a run, from --reward_model or --reward_function.
 
     Raises:

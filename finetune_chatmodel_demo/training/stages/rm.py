@@ -4,7 +4,7 @@
         --eval_dataset pokemon_preference_validation --model_name_or_path THUDM/chatglm3-6b --output_dir output/rm
 
 The result is a ChatGLM3ForSequenceClassification with one label, or an adapter with its score head: `--reward_model` of
---stage ppo. Exercise it with `pytest tests/test_rm.py`.
+--stage ppo.
 """
 
 from typing import Any
@@ -15,13 +15,14 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from finetune_chatmodel_demo.training.settings import Settings
-from finetune_chatmodel_demo.training.stages.pairs import PairSums, PairTrainer
+from finetune_chatmodel_demo.training.stages.pairs import PairTrainer
+from finetune_chatmodel_demo.training.stages.stage_checks import EVALUATED
 
 
 class RewardTrainer(PairTrainer):
     """Trains a score so that of each pair the chosen reply has the higher one."""
 
-    EVALUATED = ("loss", "accuracy", "rewards/chosen", "rewards/rejected", "rewards/margins")
+    FIGURES = EVALUATED["rm"]
 
     def __init__(
         self,
@@ -32,7 +33,6 @@ class RewardTrainer(PairTrainer):
         validation_rows: Any | None = None,
     ) -> None:
         """Arguments: see `RunTrainer`; the model is a ChatGLM3ForSequenceClassification, maybe in PEFT's wrapper."""
-        self._trained = PairSums()
         model.config.pad_token_id = tokenizer.pad_token_id  # the model takes the score at the last other token
         if not settings.stage.center_rewards_coefficient:
             _freeze_head_bias(model)
@@ -49,19 +49,7 @@ class RewardTrainer(PairTrainer):
         coefficient = self.settings.stage.center_rewards_coefficient
         return {**super().describe_run(), "center_rewards_coefficient": coefficient}
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor:
-        """The mean loss of a batch's pairs; their figures are kept for the log."""
-        figures = self.evaluate_pairs(model, inputs)
-        self._trained.add(figures)
-        return figures["loss"].mean()
-
-    def evaluate_pairs(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def compute_figures(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """See `PairTrainer`."""
         chosen, rejected = model(input_ids=batch["input_ids"], use_cache=False).logits[:, 0].float().chunk(2)
         coefficient = self.settings.stage.center_rewards_coefficient
@@ -72,12 +60,6 @@ class RewardTrainer(PairTrainer):
             "rewards/rejected": rejected,
             "rewards/margins": chosen - rejected,
         }
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means over the pairs since the last entry to every entry with a training loss."""
-        if "loss" in logs:
-            logs.update(self._trained.collect(self.EVALUATED[1:], self._add_up))
-        super().log(logs, start_time)
 
 
 def _freeze_head_bias(model: nn.Module) -> None:
