@@ -1,7 +1,4 @@
-"""Builds the conversations of one row, from nothing but its cells, the template, the split and the seed.
-
-Exercised by `python data_processing/data_processing.py`.
-"""
+"""Builds the conversations of one row, from nothing but its cells, the template, the split and the seed."""
 
 import json
 import random

@@ -1,7 +1,4 @@
-"""Reads a template file and says exactly what is wrong with a broken one: the file, the place in it, the remedy.
-
-Exercised by `python data_processing/data_processing.py --template X.yaml`.
-"""
+"""Reads a template file and says exactly what is wrong with a broken one: the file, the place in it, the remedy."""
 
 import re
 from pathlib import Path

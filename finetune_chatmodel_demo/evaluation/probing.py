@@ -1,7 +1,7 @@
 """What fine-tuning has spoilt: perplexity of text that it was not about, and whether replies still obey.
 
 Measured for every candidate of a comparison, so that base and base + prefix stand side by side. `probes.json` holds the
-texts; `evaluate.py --probes FILE` takes others in the same form. Exercised by `python -m pytest tests/test_probing.py`.
+texts; `evaluate.py --probes FILE` takes others in the same form.
 """
 
 import json

@@ -34,6 +34,21 @@ from finetune_chatmodel_demo.evaluation.questions import (
     Turn,
 )
 
+# What no table here has, with the word that a column of that content would have in its name.
+UNANSWERABLE_QUESTIONS = {
+    "生日": "{}的生日是哪一天？",
+    "价格": "{}的价格是多少元？",
+    "电话": "{}的电话号码是多少？",
+    "设计": "{}的设计者叫什么名字？",
+    "网": "{}的官方网站是什么？",
+    "住": "{}住在哪条街上？",
+    "血型": "{}是什么血型？",
+    "学校": "{}毕业于哪所学校？",
+}
+# The history that `history="reference"` shows behind such a question.
+UNRECORDED = "资料里没有记载。"
+TRIES = 50
+
 
 @dataclass(frozen=True)
 class BuildOptions:
@@ -52,7 +67,7 @@ class BuildOptions:
     groups: tuple[str, ...] | None = None
 
 
-def build_questions(template: "Template", rows: Sequence[dict[str, str]], options: BuildOptions) -> "QuestionSet":
+def build_questions(template: Template, rows: Sequence[dict[str, str]], options: BuildOptions) -> QuestionSet:
     """Build the question set of a CSV.
 
     Args:
@@ -62,14 +77,6 @@ def build_questions(template: "Template", rows: Sequence[dict[str, str]], option
     Raises:
         UserError: nothing can be asked, or a group is unknown.
     """
-    from finetune_chatmodel_demo.evaluation.question_building import DialogueBuilder
-    from finetune_chatmodel_demo.evaluation.question_pool import QuestionPool
-    from finetune_chatmodel_demo.evaluation.questions import (
-        MULTI_TURN,
-        UNANSWERABLE,
-        QuestionSet,
-    )
-
     check_share(options.hold_out)
     if options.count < 1:
         raise UserError(f"the number of questions is {options.count}; expected 1 or more")
@@ -105,20 +112,19 @@ def build_questions(template: "Template", rows: Sequence[dict[str, str]], option
 
 def read_and_build(
     csv_path: Path, template_path: Path, options: BuildOptions, on_bad_record: str = "error"
-) -> "QuestionSet":
+) -> QuestionSet:
     """`build_questions` from files.
 
     Raises:
         UserError: anything wrong with the CSV, the template or the options.
     """
-
     template = load_template(template_path)
     reader = CsvRows(csv_path, on_bad_record)
     check_columns(template, reader.columns, reader.path)
     return build_questions(template, list(reader), options)
 
 
-def describe(questions: "QuestionSet") -> Iterator[str]:
+def describe(questions: QuestionSet) -> Iterator[str]:
     """Lines for the terminal: what is asked, what was held and left out."""
     counts = Counter(turn.group for turn in questions.turns)
     yield "questions: " + ", ".join(f"{group} {count}" for group, count in counts.items())
@@ -128,7 +134,7 @@ def describe(questions: "QuestionSet") -> Iterator[str]:
         yield f"left out: {reason}: {count}"
 
 
-def describe_fields(questions: "QuestionSet") -> Iterator[str]:
+def describe_fields(questions: QuestionSet) -> Iterator[str]:
     """What every column was taken for."""
     for field in questions.table.fields.values():
         details = {
@@ -137,22 +143,6 @@ def describe_fields(questions: "QuestionSet") -> Iterator[str]:
             "text": f", {len(field.vocabulary)} different texts",
         }.get(field.kind, "")
         yield f"{field.column}: {field.kind}{details}; called {'、'.join(field.labels)}"
-
-
-# What no table here has, with the word that a column of that content would have in its name.
-UNANSWERABLE_QUESTIONS = {
-    "生日": "{}的生日是哪一天？",
-    "价格": "{}的价格是多少元？",
-    "电话": "{}的电话号码是多少？",
-    "设计": "{}的设计者叫什么名字？",
-    "网": "{}的官方网站是什么？",
-    "住": "{}住在哪条街上？",
-    "血型": "{}是什么血型？",
-    "学校": "{}毕业于哪所学校？",
-}
-# The history that `history="reference"` shows behind such a question.
-UNRECORDED = "资料里没有记载。"
-TRIES = 50
 
 
 class DialogueBuilder:

@@ -1,7 +1,4 @@
-"""Every question that a template can open a conversation with, row by row, and fair samples of them.
-
-Exercised by `python data_processing/question_builder.py`.
-"""
+"""Every question that a template can open a conversation with, row by row, and fair samples of them."""
 
 import random
 from collections import Counter

@@ -3,7 +3,7 @@
     evaluator = build_training_evaluator("questions.json", tokenizer, count=60, seed=1)
     evaluator(model)  →  {"exact": 0.85, "asked": 60, "overlap": …, "wrong": …, "missing": …, "not_ended": …}
 
-For `--eval_steps`, for keeping the best checkpoint, for stopping early. Exercised by `pytest tests/test_sample.py`.
+For `--eval_steps`, for keeping the best checkpoint, for stopping early.
 """
 
 import itertools
