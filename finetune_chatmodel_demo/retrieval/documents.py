@@ -49,7 +49,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Document:
-    """A file's text, its blocks in reading order, and what was noticed on the way (scanned pages, a guessed encoding)."""
+    """A file's text, its blocks in reading order, and what was noticed on the way (scans, a guessed encoding)."""
 
     title: str
     text: str
@@ -315,9 +315,8 @@ def read_pdf(builder: _Builder, data: bytes) -> None:
         text = BROKEN_LINE.sub("", clean(page.extract_text() or ""))
         if text:
             put_plain(builder, text, number)
-        elif page.get("/Resources") and "/XObject" in page["/Resources"]:
-            if not put_scan(builder, page, number):
-                scans.append(number)
+        elif "/XObject" in (page.get("/Resources") or ()) and not put_scan(builder, page, number):
+            scans.append(number)
     if scans:
         some = ", ".join(map(str, scans[:10])) + (" …" if len(scans) > 10 else "")
         builder.notices.append(

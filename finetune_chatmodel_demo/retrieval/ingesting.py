@@ -41,8 +41,8 @@ def open_embedding(store: Store, wanted: str | None, device: str | None = None) 
         return embedding
     if wanted not in (None, remembered["name"]):
         raise UserError(
-            f"the base {store.path.parent.name} was made with --embedding {remembered['name']}, and its vectors cannot be "
-            f"compared with those of {wanted}; leave the flag out, or ingest into a new base"
+            f"the base {store.path.parent.name} was made with --embedding {remembered['name']}, and its vectors "
+            f"cannot be compared with those of {wanted}; leave the flag out, or ingest into a new base"
         )
     embedding = load_embedding(remembered["name"], device)
     if embedding is not None and (found := describe_embedding(embedding)) != remembered:

@@ -1,7 +1,7 @@
 """From a document's blocks to chunks: passages that an index holds, each an exact substring of the document's text.
 
-Paragraphs under one heading are put together up to the limit and cut at sentence ends; a table row and a question with its
-answer stay whole where the limit allows. The time grows with the text alone: no part is counted more than a few times.
+Paragraphs under one heading are put together up to the limit and cut at sentence ends; a table row and a question with
+its answer stay whole where the limit allows. The time grows with the text: no part is counted more than a few times.
 """
 
 import re

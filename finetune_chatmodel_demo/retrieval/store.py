@@ -1,7 +1,7 @@
 """A knowledge base as one SQLite file: manifest, files, passages with their offsets, words (FTS5) and vectors.
 
-The file of a base is replaced or removed in one transaction, so that a kill leaves the state before or after it. Several
-processes may read, and write one after the other. Deleted text is overwritten and its pages are given back.
+A file is replaced or removed in one transaction, so that a kill leaves the state before or after it. Several processes
+may read, and write one after the other. Deleted text is overwritten and its pages are given back.
 """
 
 import json
@@ -26,8 +26,8 @@ BUSY_SECONDS = 60
 TABLES = """
 CREATE TABLE manifest (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE files (
-    id INTEGER PRIMARY KEY, path TEXT UNIQUE NOT NULL, title TEXT NOT NULL, sha256 TEXT NOT NULL, bytes INTEGER NOT NULL,
-    text TEXT NOT NULL, notices TEXT NOT NULL);
+    id INTEGER PRIMARY KEY, path TEXT UNIQUE NOT NULL, title TEXT NOT NULL, sha256 TEXT NOT NULL,
+    bytes INTEGER NOT NULL, text TEXT NOT NULL, notices TEXT NOT NULL);
 CREATE TABLE passages (
     id INTEGER PRIMARY KEY, file INTEGER NOT NULL REFERENCES files(id), place INTEGER NOT NULL, start INTEGER NOT NULL,
     "end" INTEGER NOT NULL, heading TEXT NOT NULL, page INTEGER, kind TEXT NOT NULL, text TEXT NOT NULL, vector BLOB);
@@ -110,8 +110,8 @@ class Store:
             known = list_bases(folder.parent)
             hint = f"; there are: {', '.join(known)}" if known else ""
             raise UserError(
-                f"there is no knowledge base {folder.name!r} in {folder.parent}{hint}{did_you_mean(folder.name, known)}; "
-                "`ingest` makes one"
+                f"there is no knowledge base {folder.name!r} in {folder.parent}{hint}"
+                f"{did_you_mean(folder.name, known)}; `ingest` makes one"
             )
         folder.mkdir(parents=True, exist_ok=True)
         self.connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
@@ -131,7 +131,7 @@ class Store:
         if found != FORMAT:
             self.connection.close()
             raise UserError(
-                f"{self.path} is a base of format {found}, this version reads {FORMAT}; ingest its files into a new base"
+                f"{self.path} is a base of format {found}, this version reads {FORMAT}; ingest into a new base"
             )
 
     def close(self) -> None:
@@ -273,7 +273,7 @@ class Store:
         return [number for (number,) in rows]
 
     def vectors(self) -> "tuple[numpy.ndarray, numpy.ndarray]":
-        """(ids, vectors): int64 (passages,) and float32 (passages, dimension); read again when another process wrote."""
+        """(ids, vectors): int64 (passages,) and float32 (passages, dimension); read again when somebody wrote."""
         import numpy
 
         version = self.connection.execute("PRAGMA data_version").fetchone()[0], self.connection.total_changes

@@ -1,8 +1,8 @@
 """Words of a text for the index: character pairs of Chinese, words of letters and digits, and how well they match.
 
-The score is BM25 (Robertson and Zaragoza, 2009) with a fixed average length, so that what is stored of a passage depends
-on that passage alone: adding or deleting another one changes nothing but counts. Character pairs rank better than a word
-segmenter on our pages (recall@1 0.72 against 0.60) and have no dictionary that could differ between index and query.
+The score is BM25 (Robertson and Zaragoza, 2009) with a fixed average length, so that the weights of a passage depend on
+that passage alone: adding or deleting another one changes nothing but counts. Character pairs rank better than a word
+segmenter on our pages (recall@1 0.72 against 0.60), and have no dictionary that could differ between index and query.
 """
 
 import math
