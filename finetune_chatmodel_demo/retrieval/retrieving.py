@@ -20,7 +20,8 @@ from finetune_chatmodel_demo.retrieval.terms import (
 
 CANDIDATES = 200
 LONGEST_QUESTION = 2000  # characters; the rest of a longer one is left out of the search, and that is said
-# A term that stands in a larger share of the passages does not choose candidates, where rarer ones can.
+# In a large base a term that stands in a larger share of the passages does not choose candidates, where rarer ones can.
+LARGE_BASE = 5000
 COMMON = 0.2
 
 
@@ -70,10 +71,11 @@ def retrieve(store: Store, question: str, embedding: Embedding | None, top_k: in
 
 
 def choose_terms(frequencies: dict[str, int], passages: int) -> list[str]:
-    """The terms that choose candidates: those that stand somewhere, without the common ones where rarer ones remain."""
+    """The terms that choose candidates: those that stand somewhere; see COMMON."""
     known = [term for term, count in frequencies.items() if count]
-    rare = [term for term in known if frequencies[term] <= COMMON * passages]
-    return rare or known
+    if passages < LARGE_BASE:
+        return known
+    return [term for term in known if frequencies[term] <= COMMON * passages] or known
 
 
 def search_vectors(store: Store, embedding: Embedding, question: str) -> dict[int, float]:

@@ -16,7 +16,7 @@ AVERAGE_LENGTH = 60  # terms of a passage; only the ratio of lengths matters
 # What makes a sentence a question, or joins its words: no passage is about it.
 QUESTION_WORDS = re.compile(
     "请问|请告诉我|告诉我|我想知道|想知道|为什么|什么|怎么样|怎么|怎样|如何|多少|哪一个|哪一只|哪一|哪些|哪个|哪里|哪儿|哪|谁|几|"
-    "是不是|有没有|能不能|可以|是|的|了|吗|呢|吧|啊|有|和|与|在|由|把|被|给|从|到|它|他|她|我们|你们|我|你"
+    "是不是|有没有|能不能|可以|需要|要|是|的|了|吗|呢|吧|啊|有|和|与|在|由|把|被|给|从|到|它|他|她|我们|你们|我|你"
 )
 WORD = re.compile(r"[a-z0-9]+(?:\.[0-9]+)*|[\u3400-\u9fff\uf900-\ufaff\u3040-\u30ff\uac00-\ud7af]+")
 
