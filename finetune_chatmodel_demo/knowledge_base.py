@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     asking.add_argument("--threshold", type=float, metavar="SCORE", help="below it nothing answers a question")
     asking.add_argument("--extractive", action="store_true", help="answer with the passage's own sentence, no model")
     asking.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=256, metavar="N")
-    from finetune_chatmodel_demo.generation.loading import add_model_arguments
+    from finetune_chatmodel_demo.generation.choose import add_model_arguments
 
     add_model_arguments(asking)
 
@@ -173,7 +173,7 @@ def load_answerer(options: argparse.Namespace, tell: Callable[[str], None]) -> A
     embedding = open_embedding(store, None, options.embedding_device)
     model = None
     if not options.extractive:
-        from finetune_chatmodel_demo.generation.loading import choose_model, load_choice
+        from finetune_chatmodel_demo.generation.choose import choose_model, load_choice
         from finetune_chatmodel_demo.retrieval.local_model import LocalModel
 
         choice = choose_model(options)
