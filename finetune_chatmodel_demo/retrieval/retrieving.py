@@ -52,10 +52,11 @@ def retrieve(store: Store, question: str, embedding: Embedding | None, top_k: in
         top_k: most passages to return.
     """
     question = question[:LONGEST_QUESTION]
-    terms = question_terms(question)
     passages = store.count()
+    terms = question_terms(question)
     frequencies = store.frequencies(terms)
-    query = {term: inverse_frequency(passages, frequencies[term]) for term in terms}
+    frequencies = {term: count for term, count in frequencies.items() if count or terms[term]}
+    query = {term: inverse_frequency(passages, count) for term, count in frequencies.items()}
     candidates = set(store.match(choose_terms(frequencies, passages), CANDIDATES))
     dense: dict[int, float] = {}
     if embedding is not None and passages:
