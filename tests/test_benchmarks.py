@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "benchmarks"))
 
 import bench_decoding
 import bench_gpu
+import bench_retrieval
 import bench_rows
 import bench_training
 from benchmark_helpers import ModelSize, summarize
@@ -238,3 +239,14 @@ def test_rows_are_counted_kept_and_watched(tmp_path):
     assert [one["rows"] for one in report["results"]] == [256, 2048]
     for one in report["results"]:
         assert one["kept_mib"] > 0 and min(one[run]["peak_mib"] for run in ("first", "again")) > 50
+
+
+def test_retrieval_report(tmp_path):
+    output = tmp_path / "retrieval.json"
+    options = ["--rows", "30", "--others", "5", "--questions", "20", "--sizes", "--output", str(output)]
+    report = bench_retrieval.main(options)
+    assert json.loads(output.read_text(encoding="utf-8")) == report
+    found = report["quality"]["none"]
+    assert found["passages"] == 30 * 6 + 5 * 4
+    assert found["same_words"]["recall@5"] >= 0.95 and found["same_words"]["refusal_f1"] >= 0.8
+    assert found["paraphrased"]["answerable"] == 20

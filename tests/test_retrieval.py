@@ -191,7 +191,8 @@ def make_pdf(*pages: bytes, encrypt: str | None = None) -> bytes:
     return buffer.getvalue()
 
 
-def test_pdf_pages_and_scans(tmp_path: Path):
+def test_pdf_pages_and_scans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "rapidocr", None)  # as where it is not installed
     document = read_document(write(tmp_path / "a.pdf", make_pdf(b"first page", b"", b"third page")))
     assert [(text, page) for _, text, _, page in texts(document)] == [("first page", 1), ("third page", 3)]
     (notice,) = document.notices
