@@ -6,7 +6,6 @@ half-precision weight. What was written is read again and compared before it get
 
 import json
 import shutil
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,13 @@ from torch import nn
 from finetune_chatmodel_demo.chatglm3.comparing import Comparison, ComparisonError, compare_logits, probe_logits
 from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
 from finetune_chatmodel_demo.chatglm3.loading import MODEL_CLASSES, load_model
-from finetune_chatmodel_demo.chatglm3.lora import check_adapter, load_adapter, read_adapter, without_tuning
+from finetune_chatmodel_demo.chatglm3.lora import (
+    check_adapter,
+    load_adapter,
+    merge_adapter,
+    read_adapter,
+    without_tuning,
+)
 from finetune_chatmodel_demo.chatglm3.lora_files import read_adapter_config, write_adapter, write_run
 from finetune_chatmodel_demo.chatglm3.model_folder import read_model_config
 from finetune_chatmodel_demo.chatglm3.prefix_files import (
@@ -144,30 +149,6 @@ def _merge(
     if effect == 0:
         job.report(f"note: {adapter} changes nothing; was it trained?")
     return merged, expected, effect
-
-
-def merge_adapter(adapted: Any) -> nn.Module:
-    """Adds an adapter to the weights, each in float32, and takes PEFT out of the model.
-
-    Args:
-        adapted: a PeftModel on an unquantized base.
-
-    Raises:
-        ValueError: for an adapter with numbers that are not finite.
-    """
-    from peft.tuners.lora import LoraLayer
-
-    for module in adapted.modules():
-        if isinstance(module, LoraLayer):
-            weight = module.get_base_layer().weight
-            dtype, weight.data = weight.dtype, weight.data.float()
-            module.merge(safe_merge=True)
-            weight.data = weight.data.to(dtype)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="All adapters are already merged")
-        merged = adapted.merge_and_unload()
-    vars(merged).pop("peft_config", None)  # or the next adapter would be taken for a second one
-    return merged
 
 
 def _write(model: nn.Module, folder: Path, job: ModelExport) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
 from finetune_chatmodel_demo.chatglm3.fingerprint import read_fingerprint
 from finetune_chatmodel_demo.chatglm3.lora_files import (
+    MERGED_FOLDER,
     PREFIX,
     has_official_names,
     read_adapter_config,
@@ -141,13 +142,55 @@ def check_adapter(folder: str | Path, config: ChatGLM3Config) -> None:
     _check_tensors(Path(folder), settings, tensors, model)
 
 
-def load_adapter(model: nn.Module, folder: str | Path, *, is_trainable: bool = False) -> "PeftModel":
+def merge_into_base(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Adds the adapter in `folder` to the weights of `model`, which a new adapter can then stand on.
+
+    A language model's adapter also goes into a reward model, whose layers are the same.
+
+    Raises:
+        UserError: as `load_adapter`, or for a base in 4 or 8 bits, whose weights are rounded.
+    """
+    if _quantization_bit(model):
+        raise UserError(f"the adapter {folder} is merged into the base, whose weights must not be quantized")
+    return merge_adapter(load_adapter(model, folder, below_new=True))
+
+
+def merge_adapter(adapted: Any) -> nn.Module:
+    """Adds an adapter to the weights, each in float32, and takes PEFT out of the model.
+
+    Args:
+        adapted: a PeftModel on an unquantized base.
+
+    Raises:
+        ValueError: for an adapter with numbers that are not finite.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer):
+            weight = module.get_base_layer().weight
+            dtype, weight.data = weight.dtype, weight.data.float()
+            module.merge(safe_merge=True)
+            weight.data = weight.data.to(dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="All adapters are already merged")
+        merged = adapted.merge_and_unload()
+    vars(merged).pop("peft_config", None)  # or the next adapter would be taken for a second one
+    return merged
+
+
+def load_adapter(
+    model: nn.Module, folder: str | Path, *, is_trainable: bool = False, below_new: bool = False
+) -> "PeftModel":
     """Loads the adapter in `folder` into `model`, which is frozen.
+
+    An adapter that was trained on top of another one has that one in `merged_adapter`; it is merged into `model` first.
 
     Args:
         model: the base model that the adapter was trained for.
         folder: an adapter of this project, or one that was trained on the original code.
         is_trainable: whether the adapter's parameters are to be trained on.
+        below_new: whether it will be merged; then a language model's may also be loaded into a reward model.
 
     Raises:
         UserError: for a missing or damaged adapter, another kind of head, or shapes of another base model.
@@ -156,12 +199,17 @@ def load_adapter(model: nn.Module, folder: str | Path, *, is_trainable: bool = F
 
     folder = Path(folder)
     found = read_adapter_config(folder)
-    if found.is_reward_model != has_score_head(model):
+    if (folder / MERGED_FOLDER).is_dir():
+        model = merge_into_base(model, folder / MERGED_FOLDER)
+    is_below_head = below_new and not found.is_reward_model
+    if found.is_reward_model != has_score_head(model) and not is_below_head:
         kinds = {True: "a reward model (stage rm)", False: "a language model"}
         raise UserError(
             f"{folder} is an adapter of {kinds[found.is_reward_model]}, not of {kinds[not found.is_reward_model]}"
         )
     settings, tensors = read_adapter(folder, model.config)
+    if is_below_head:
+        settings = {**settings, "task_type": None}  # PEFT would look for what only language models have
     _check_tensors(folder, settings, tensors, model)
     with tempfile.TemporaryDirectory(prefix="adapter-") as scratch, _quiet_peft():
         # From files of our own: an original adapter has other names, and PEFT would read a pickle in its own way.

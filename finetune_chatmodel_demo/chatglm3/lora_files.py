@@ -34,6 +34,8 @@ from finetune_chatmodel_demo.common.files import write_json
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 RUN_FILE = "chatglm3_run.json"
+# Within an adapter: the one that was merged into the base before it was trained.
+MERGED_FOLDER = "merged_adapter"
 PREFIX = "base_model.model."
 LORA_A = "lora_A.weight"
 # Starts that leave the base as it is. The others (PiSSA, OLoRA, LoftQ …) change it, each module in its own way.
@@ -259,3 +261,13 @@ def _of_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> 
     """PEFT's rule: the first pattern that matches the end of a module's name."""
     matching = (value for key, value in (patterns or {}).items() if re.fullmatch(rf"(.*\.)?({key})", name))
     return next(matching, default)
+
+
+def copy_adapter(source: Path, target: Path) -> None:
+    """Copies an adapter, and the one that it stands on, without checkpoints and logs beside it."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        if (path.is_file() and path.name.startswith("adapter_")) or path.name == RUN_FILE:
+            shutil.copy(path, target)
+    if (source / MERGED_FOLDER).is_dir():
+        copy_adapter(source / MERGED_FOLDER, target / MERGED_FOLDER)

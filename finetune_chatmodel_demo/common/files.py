@@ -122,6 +122,8 @@ def publish_files(partial: Path, folder: Path) -> None:
     for path in files:
         flush(path)
     for path in files:
+        if path.is_dir():
+            remove_tree(folder / path.name)
         os.replace(path, folder / path.name)
     partial.rmdir()
     flush(folder)

@@ -116,10 +116,15 @@ def load_candidates(candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate
 
     Candidates that share a base come together; else the order is kept. A model is only good until the next is yielded.
     """
-    groups: dict[tuple[str, int | None, str], list[Candidate]] = {}
+    from finetune_chatmodel_demo.chatglm3.lora_files import MERGED_FOLDER
+
+    groups: dict[tuple[str | None, ...], list[Candidate]] = {}
     for candidate in candidates:
         choice = candidate.choice
-        groups.setdefault((_resolve(choice.model), choice.quantization_bit, choice.device), []).append(candidate)
+        # An adapter on top of another one, which is merged, leaves another base behind.
+        own = str(choice.adapter) if choice.adapter and (Path(choice.adapter) / MERGED_FOLDER).is_dir() else None
+        key = (_resolve(choice.model), str(choice.quantization_bit), str(choice.device), own)
+        groups.setdefault(key, []).append(candidate)
     for group in groups.values():
         model, tokenizer = load_choice(_without_tuning(group[0].choice))
         for candidate in group:

@@ -67,6 +67,9 @@ class MethodArguments:
     adapter_name_or_path: str | None = field(
         default=None, metadata={"help": "LoRA adapter to start from (a folder), instead of a new one."}
     )
+    create_new_adapter: bool = field(
+        default=False, metadata={"help": "Merge --adapter_name_or_path into the base and train a new adapter on top."}
+    )
     lora_rank: int = field(default=8, metadata={"help": "Rank of a new LoRA adapter."})
     lora_alpha: int | None = field(default=None, metadata={"help": "LoRA's scale × rank; default: 2 × --lora_rank."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout in front of a LoRA adapter."})

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from finetune_chatmodel_demo.chatglm3.fingerprint import check_base
-from finetune_chatmodel_demo.chatglm3.lora_files import is_adapter_checkpoint, read_adapter_config
+from finetune_chatmodel_demo.chatglm3.lora_files import is_adapter_checkpoint, read_adapter_config, read_settings
 from finetune_chatmodel_demo.chatglm3.model_folder import check_model_folder
 from finetune_chatmodel_demo.chatglm3.prefix_files import is_prefix_checkpoint, read_prefix_config
+from finetune_chatmodel_demo.chatglm3.weights import LINEAR_MODULES, OFFICIAL_MODULES
 from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.conversation.data_arguments import DataArguments
 from finetune_chatmodel_demo.conversation.stage_data import check_flags
@@ -42,6 +43,7 @@ FLAGS_OF_METHOD = {
     ),
     LORA: (
         "adapter_name_or_path",
+        "create_new_adapter",
         "lora_rank",
         "lora_alpha",
         "lora_dropout",
@@ -180,10 +182,9 @@ def _check_method(settings: Settings) -> None:
             f"--ptuning_checkpoint {model.ptuning_checkpoint} is not a folder with a config.json; "
             "give the --output_dir of a finished run of P-Tuning v2, or leave the flag out for a new prefix"
         )
-    if model.prefix_init_std <= 0:
-        raise UserError(f"--prefix_init_std is {model.prefix_init_std}; give a number above 0")
     _check_prefix_start(model, given)
     _check_start(settings)
+    _check_continued(settings)
     for owner, flags in FLAGS_OF_METHOD.items():
         for flag in flags:
             if owner != method and given.get(flag):
@@ -192,9 +193,46 @@ def _check_method(settings: Settings) -> None:
                 )
 
 
+def _check_continued(settings: Settings) -> None:
+    """What is trained on keeps its shape: a flag that asks for another one would be passed over.
+
+    Raises:
+        UserError: for such a flag, or a new adapter that has nothing, or nothing possible, to stand on.
+    """
+    model, tuning, given = settings.model, settings.tuning, settings.given
+    if tuning.create_new_adapter:
+        if not tuning.adapter_name_or_path:
+            raise UserError("--create_new_adapter merges --adapter_name_or_path first: add it, or drop the flag")
+        if model.quantization_bit:
+            raise UserError(
+                f"--create_new_adapter cannot merge {tuning.adapter_name_or_path} into weights of "
+                f"{model.quantization_bit} bits: drop --quantization_bit, or merge it before (export.py)"
+            )
+        return
+    if model.ptuning_checkpoint:
+        found = read_prefix_config(model.ptuning_checkpoint)
+        known = {"prefix_projection": found.prefix_projection, "prefix_init_std": None}
+        start, instead = f"the prefix {model.ptuning_checkpoint}", "drop it, or --ptuning_checkpoint for a new prefix"
+    elif settings.method == LORA and tuning.adapter_name_or_path:
+        found = read_settings(Path(tuning.adapter_name_or_path))
+        names = {"lora_rank": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
+        known = {flag: found.get(name) for flag, name in names.items()}
+        known |= {flag: bool(found.get(flag)) for flag in ("use_dora", "use_rslora")}
+        known["lora_target"] = ",".join(sorted(found.get("target_modules") or ()))
+        named = [name.strip() for name in tuning.lora_target.replace("all", ",".join(LINEAR_MODULES)).split(",")]
+        if {part for name in named for part in OFFICIAL_MODULES.get(name, (name,))} == {*found["target_modules"]}:
+            del known["lora_target"]
+        start = f"the adapter {tuning.adapter_name_or_path}"
+        instead = "drop it, or add --create_new_adapter True to merge that one and train a new one on top"
+    else:
+        return
+    for flag, value in known.items():
+        if flag in given and given[flag] != value:
+            has = "values of its own" if value is None else value
+            raise UserError(f"--{flag} is {given[flag]}, but {start}, which is trained on, has {has}: {instead}")
+
+
 def _check_prefix_start(model: ModelArguments, given: dict[str, object]) -> None:
-    if model.prefix_dropout is not None and not 0 <= model.prefix_dropout < 1:
-        raise UserError(f"--prefix_dropout is {model.prefix_dropout}; give a share from 0 to below 1, e.g. 0.1")
     text = model.prefix_init_text
     if text is None:
         return
@@ -276,6 +314,11 @@ def _check_zero3(settings: Settings) -> None:
     if settings.model.quantization_bit:
         raise UserError(
             "--quantization_bit with ZeRO-3: quantized weights cannot be shared out; use ds_zero2, or torchrun alone"
+        )
+    if settings.merged_adapter:
+        raise UserError(
+            "--create_new_adapter with ZeRO-3: no process has whole weights to merge into; use ds_zero2, or merge it "
+            "before (export.py)"
         )
     if settings.model.prefix_init_text:
         raise UserError(

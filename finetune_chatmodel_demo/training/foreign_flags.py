@@ -62,7 +62,6 @@ WITHOUT_EFFECT = {
     "tool calls have ChatGLM3's own format": "tool_format",
     "rows of large files are kept by --tokenized_cache": "tokenized_path cache_path",
     "the folder --reward_model says what it is": "reward_model_type",
-    "without --adapter_name_or_path the adapter is new": "create_new_adapter",
     "runs are started with torchrun": "ray_run_name",
 }
 # What to do instead of these flags, without which the run would be another one; switched off they are let through.
@@ -171,6 +170,8 @@ def translate_flag(name: str, values: list[str]) -> tuple[str, list[str]] | str:
         if not is_on:
             return "--disable_shuffling False has no effect: rows are shuffled anyway"
         return "train_sampling_strategy", ["sequential"]
+    if name == "resume_lora_training":
+        return "create_new_adapter", [str(not is_on)]
     if name == "disable_gradient_checkpointing":
         return "gradient_checkpointing", [str(not is_on)]
     if name in RENAMED_VALUES and values:

@@ -16,8 +16,9 @@ from torch import nn
 
 from finetune_chatmodel_demo.chatglm3.kernels import compile_elementwise, set_policy
 from finetune_chatmodel_demo.chatglm3.loading import load_model, load_tokenizer
-from finetune_chatmodel_demo.chatglm3.lora import add_adapter, load_adapter, save_adapter
+from finetune_chatmodel_demo.chatglm3.lora import add_adapter, load_adapter, merge_into_base, save_adapter
 from finetune_chatmodel_demo.chatglm3.lora import without_tuning as without_tuning  # the stages find it here
+from finetune_chatmodel_demo.chatglm3.lora_files import MERGED_FOLDER, copy_adapter
 from finetune_chatmodel_demo.chatglm3.prefix import encode_start, start_prefix_as
 from finetune_chatmodel_demo.chatglm3.prefix_files import load_prefix, read_prefix_config, save_prefix
 from finetune_chatmodel_demo.chatglm3.weights import OFFICIAL_PARTS
@@ -114,9 +115,11 @@ def _read_text(text: str) -> str:
 
 def _put_adapter(model: nn.Module, settings: Settings) -> nn.Module:
     tuning = settings.tuning
-    start = settings.checkpoint or tuning.adapter_name_or_path
+    start = settings.checkpoint or settings.continued_adapter
     if start:
         return load_adapter(model, start, is_trainable=True)
+    if settings.merged_adapter:
+        model = merge_into_base(model, settings.merged_adapter)
     return add_adapter(
         model,
         rank=tuning.lora_rank,
@@ -206,6 +209,8 @@ def save_trained(
         save_prefix(model, folder, state_dict=state_dict, **facts)
     elif settings.method == LORA:
         save_adapter(model, folder, state_dict=state_dict, **facts)
+        if settings.merged_adapter:
+            copy_adapter(Path(settings.merged_adapter), folder / MERGED_FOLDER)
     else:
         _save_model(model, settings, folder, state_dict)
         tokenizer.save_pretrained(folder)

@@ -75,6 +75,16 @@ class Settings:
         return DEFAULT_PRE_SEQ_LEN
 
     @property
+    def continued_adapter(self) -> str | None:
+        """The adapter that is trained on; None: a new one."""
+        return None if self.tuning.create_new_adapter else self.tuning.adapter_name_or_path
+
+    @property
+    def merged_adapter(self) -> str | None:
+        """The adapter that is merged into the base before a new one is trained."""
+        return self.tuning.adapter_name_or_path if self.tuning.create_new_adapter else None
+
+    @property
     def prompt_format(self) -> str:
         """How conversations become text, as checkpoints record it."""
         if self.data.template == "chatglm3":

@@ -259,7 +259,7 @@ class LearningWatch(TrainerCallback):
 
     def _continues(self) -> bool:
         """Whether the run refines a prefix or an adapter that was trained before."""
-        return bool(self.settings.model.ptuning_checkpoint or self.settings.tuning.adapter_name_or_path)
+        return bool(self.settings.model.ptuning_checkpoint or self.settings.continued_adapter)
 
     def _newest_loss(self, count: int = STEPS_IN_A_ROW) -> float:
         newest = self.losses[-count:]

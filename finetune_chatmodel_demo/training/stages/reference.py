@@ -213,7 +213,7 @@ def _is_base(settings: Settings) -> bool:
     """Whether the reference is the base model, without the prefix or adapter that is trained."""
     if settings.method == P_TUNING:
         return settings.stage.stage == "dpo" or not settings.model.ptuning_checkpoint
-    return settings.method == LORA and not settings.tuning.adapter_name_or_path
+    return settings.method == LORA and not settings.continued_adapter
 
 
 def describe_reference(settings: Settings) -> str:
@@ -222,7 +222,7 @@ def describe_reference(settings: Settings) -> str:
         return settings.stage.ref_model
     if _is_base(settings):
         return f"the base model, the {'prefix' if settings.method == P_TUNING else 'adapter'} off"
-    start = settings.model.ptuning_checkpoint or settings.tuning.adapter_name_or_path
+    start = settings.model.ptuning_checkpoint or settings.continued_adapter
     return f"{start or settings.model.model_name_or_path}, a copy of what is trained, as it was at the start"
 
 
