@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
-from training_helpers import make_model
+from training_helpers import make_model, write_conversations
 
 from finetune_chatmodel_demo import finetune
 from finetune_chatmodel_demo.common.errors import UserError
@@ -394,3 +394,98 @@ def test_a_mapping_in_a_settings_file_is_a_flag_with_json(tmp_path):
     (tmp_path / "run.yaml").write_text("lr_scheduler_kwargs:\n  num_cycles: 3\n")
     ((name, value),) = parse_given([str(tmp_path / "run.yaml")])[0].items()
     assert name == "lr_scheduler_kwargs" and json.loads(value) == {"num_cycles": 3}
+
+
+# Settings files of the later official demo
+
+DEMO_YAML = """\
+data_config:
+  train_file: train.json
+  val_file: dev.json
+  test_file: dev.json
+  num_proc: 1
+max_input_length: 128
+max_output_length: 128
+training_args:
+  # see `transformers.Seq2SeqTrainingArguments`
+  output_dir: ./output
+  max_steps: 2
+  learning_rate: 5e-5
+  per_device_train_batch_size: 1
+  dataloader_num_workers: 0
+  remove_unused_columns: false
+  save_strategy: steps
+  save_steps: 1
+  log_level: info
+  logging_strategy: steps
+  logging_steps: 1
+  per_device_eval_batch_size: 2
+  evaluation_strategy: steps
+  eval_steps: 2
+  predict_with_generate: true
+  generation_config:
+    max_new_tokens: 16
+  use_cpu: true
+peft_config:
+"""
+DEMO_METHODS = {
+    "lora": (
+        "  peft_type: LORA\n  task_type: CAUSAL_LM\n  r: 4\n  lora_alpha: 32\n  lora_dropout: 0.1\n",
+        "adapter_config.json",
+    ),
+    "ptuning": (
+        "  peft_type: PREFIX_TUNING\n  task_type: CAUSAL_LM\n  num_virtual_tokens: 4\n",
+        "prefix_encoder.safetensors",
+    ),
+    "full": ("", "model.safetensors"),
+}
+
+
+@pytest.fixture
+def demo_folder(tmp_path, tiny_folder, monkeypatch) -> Path:
+    """A folder with data/ and a model as the later demo's commands name them."""
+    make_model(tmp_path / "model", tiny_folder)
+    (tmp_path / "data").mkdir()
+    for name in ("train.json", "dev.json"):
+        write_conversations(tmp_path / "data" / name, rows=4)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("method", DEMO_METHODS)
+def test_a_settings_file_of_the_later_demo_runs(demo_folder, method):
+    peft, result = DEMO_METHODS[method]
+    (demo_folder / "run.yaml").write_text(DEMO_YAML + peft)
+    command = ["data", "model", "run.yaml"]
+    assert finetune.main([*command, "no", "--plot_loss", "False"]) == 0
+    assert (demo_folder / "output" / result).is_file()
+    assert finetune.main([*command, "--plot_loss", "False"]) == 2  # there are checkpoints
+    assert finetune.main([*command, "yes", "--plot_loss", "False"]) == 0
+    assert finetune.main([*command, "1", "--plot_loss", "False"]) == 0
+
+
+def test_what_the_later_demos_keys_mean(tmp_path):
+    (tmp_path / "run.yaml").write_text(DEMO_YAML + DEMO_METHODS["lora"][0])
+    given, _ = parse_given([str(tmp_path / "run.yaml"), "--seed", "1"])
+    assert (given["train_file"], given["validation_file"], given["max_seq_length"]) == ("train.json", "dev.json", 256)
+    assert (given["lora_rank"], given["lora_alpha"], given["lora_target"]) == (4, 32, "query_key_value")
+    assert (given["max_new_tokens"], given["eval_strategy"], given["seed"]) == (16, "steps", 1)
+    given, _ = parse_given([str(tmp_path), "m", str(tmp_path / "run.yaml"), "7"])
+    assert given["train_file"] == str(tmp_path / "train.json") and given["model_name_or_path"] == "m"
+    assert given["resume_from_checkpoint"] == "output/checkpoint-7"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("num_proc", "num_procs"), "data_config has a key 'num_procs' that is not known; did you mean 'num_proc'"),
+        (("LORA", "ADALORA"), "peft_type is ADALORA; it must be LORA or PREFIX_TUNING"),
+        (("max_steps", "max_step"), "unknown argument '--max_step'; did you mean '--max_steps'"),
+    ],
+)
+def test_keys_that_the_later_demo_does_not_have(tmp_path, change, message):
+    (tmp_path / "run.yaml").write_text((DEMO_YAML + DEMO_METHODS["lora"][0]).replace(*change))
+    with pytest.raises(UserError, match=message):
+        parse_given([str(tmp_path / "run.yaml")])
+    with pytest.raises(UserError, match="is not a folder; the three words are DATA_DIR MODEL"):
+        parse_given(["nowhere", "m", str(tmp_path / "run.yaml")])

@@ -24,6 +24,7 @@ from finetune_chatmodel_demo.training.arguments import (
     RunArguments,
     StageArguments,
 )
+from finetune_chatmodel_demo.training.demo_files import is_demo_file, translate_demo_file
 from finetune_chatmodel_demo.training.foreign_flags import translate_flag
 from finetune_chatmodel_demo.training.trainer_flags import read_trainer_arguments
 
@@ -87,7 +88,7 @@ def build_parser(*, with_trainer: bool = True) -> argparse.ArgumentParser:
     """Returns a parser of all flags, or of this project's own, that leaves out of its result what was not given."""
     parser = _Parser(
         prog="finetune.py",
-        usage="finetune.py [SETTINGS.json|SETTINGS.yaml] [--flag value ...]",
+        usage="finetune.py [SETTINGS.json|SETTINGS.yaml | DATA_DIR MODEL SETTINGS.yaml [yes|no|N]] [--flag value ...]",
         description="Fine-tunes a ChatGLM3: --stage says from what it learns, --finetuning_type what is trained. "
         "Examples of settings files are in finetune_chatmodel_demo/configs.",
         epilog=None if with_trainer else COMMON_TRAINER_FLAGS,
@@ -128,8 +129,7 @@ def parse_given(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
         UserError: for an unknown flag, a value that cannot be converted, or a command line that arrived damaged.
     """
     find_broken_line(argv)
-    if argv and not argv[0].startswith("-") and argv[0].endswith(CONFIG_FILE_ENDINGS):
-        argv = _flags_of_file(_read_path(argv[0], "the settings file", [])) + argv[1:]
+    argv = _read_positional(argv)
     parser = build_parser()
     known = {action.dest: action for action in parser._actions}
     notices: list[str] = []
@@ -140,6 +140,30 @@ def parse_given(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
     if unknown:
         raise UserError(_describe_unknown(unknown[0], list(known)))
     return vars(options), notices
+
+
+def _read_positional(argv: list[str]) -> list[str]:
+    """Replaces what stands in front of the flags: a settings file, or the later official demo's DATA_DIR MODEL FILE
+    [yes|no|checkpoint]."""
+    count = next((index for index, item in enumerate(argv) if item.startswith("-")), len(argv))
+    words, rest = argv[:count], argv[count:]
+    if len(words) == 1 and words[0].endswith(CONFIG_FILE_ENDINGS):
+        return _flags_of_file(_read_path(words[0], "the settings file", [])) + rest
+    if len(words) not in (3, 4) or not words[2].endswith(CONFIG_FILE_ENDINGS):
+        return argv
+    data_dir, model, file = (_read_path(word, "", []) for word in words[:3])
+    if not Path(data_dir).is_dir():
+        raise UserError(f"{data_dir} is not a folder; the three words are DATA_DIR MODEL SETTINGS.yaml")
+    flags = [*_flags_of_file(file, data_dir), f"--model_name_or_path={model}"]
+    resume = words[3].lower() if len(words) == 4 else "no"
+    if resume.isdigit():
+        output = next((flag.partition("=")[2] for flag in flags if flag.startswith("--output_dir=")), "output")
+        flags.append(f"--resume_from_checkpoint={Path(output) / f'checkpoint-{resume}'}")
+    elif resume == "yes":
+        flags.append("--resume_from_checkpoint=True")
+    elif resume not in ("no", ""):
+        raise UserError(f"{words[3]!r} behind {file} is none of yes, no, or the number of a checkpoint")
+    return flags + rest
 
 
 def _split_flags(argv: list[str]) -> list[tuple[str, list[str]]]:
@@ -181,7 +205,7 @@ def _read_path(value: str, what: str, notices: list[str]) -> str:
     return slashes
 
 
-def _flags_of_file(path: str) -> list[str]:
+def _flags_of_file(path: str, data_dir: str | None = None) -> list[str]:
     """Reads a settings file as flags, so that both ways in have the same names, types and errors.
 
     (YAML reads `2e-2` as text, for instance; as a flag's value it is a number.)
@@ -197,6 +221,8 @@ def _flags_of_file(path: str) -> list[str]:
         raise UserError(f"the settings file {path} cannot be read: {error}") from error
     if not isinstance(settings, dict):
         raise UserError(f"{path} holds a {type(settings).__name__}; write one mapping of flag names to values")
+    if is_demo_file(settings):
+        settings = translate_demo_file(settings, data_dir)
     flags: list[str] = []
     for name, value in settings.items():
         if isinstance(value, list):
