@@ -209,11 +209,12 @@ def _check_continued(settings: Settings) -> None:
                 f"{model.quantization_bit} bits: drop --quantization_bit, or merge it before (export.py)"
             )
         return
-    if model.ptuning_checkpoint:
+    prefix, adapter = model.ptuning_checkpoint, tuning.adapter_name_or_path
+    if settings.method == P_TUNING and prefix and is_prefix_checkpoint(prefix):
         found = read_prefix_config(model.ptuning_checkpoint)
         known = {"prefix_projection": found.prefix_projection, "prefix_init_std": None}
         start, instead = f"the prefix {model.ptuning_checkpoint}", "drop it, or --ptuning_checkpoint for a new prefix"
-    elif settings.method == LORA and tuning.adapter_name_or_path:
+    elif settings.method == LORA and adapter and is_adapter_checkpoint(adapter):
         found = read_settings(Path(tuning.adapter_name_or_path))
         names = {"lora_rank": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
         known = {flag: found.get(name) for flag, name in names.items()}
