@@ -514,7 +514,6 @@ def test_an_abbreviated_or_unknown_flag_is_refused(capsys):
     assert "unrecognized arguments: --fold" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_from_training_to_a_merged_model_that_answers_the_same(model, data, capsys, tmp_path):
     output = tmp_path / "lora"
     options = {"finetuning_type": "lora", "learning_rate": 2e-2, "max_steps": 30, "logging_steps": 30}
@@ -530,7 +529,7 @@ def test_from_training_to_a_merged_model_that_answers_the_same(model, data, caps
     assert replies[0].startswith("电属性的宝可梦")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_program_runs_from_anywhere(golden_base, tmp_path):
     adapter = make_adapter(tmp_path / "adapter", golden_base)
     done = subprocess.run(

@@ -96,9 +96,11 @@ def test_what_they_keep():
     assert kept_bytes(lambda: up * F.silu(gate)) == tokens * 2 * (3 * WIDTH)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-@pytest.mark.parametrize("policy", ["none", "mlp", "full"])
+@pytest.mark.parametrize(
+    "policy",
+    ["mlp", pytest.param("none", marks=pytest.mark.thorough), pytest.param("full", marks=pytest.mark.thorough)],
+)
 def test_compiled_functions_give_the_same_loss_and_gradients(policy):
     """For rows of several lengths, with few compilations."""
     plain, compiled = (build("ptuning") for _ in range(2))
@@ -127,7 +129,7 @@ def files(tmp_path_factory, tiny_folder):
     return make_model(folder / "model", tiny_folder), write_conversations(folder / "train.jsonl")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_torch_compile_trains_as_without_it(files, tmp_path, capsys):
     for name, more in (("plain", {}), ("compiled", {"torch_compile": True})):

@@ -231,15 +231,16 @@ def test_damaged_folders_load_or_are_explained(base, tmp_path, data):
 @pytest.mark.parametrize("tokenizer", ["no/model", "/no/such/model"])
 def test_a_tokenizer_that_is_nowhere_is_explained_in_one_line(tmp_path, tokenizer):
     data = write_conversations(tmp_path / "rows.jsonl", rows=2)
-    script = REPOSITORY / "finetune_chatmodel_demo" / "inspect_data.py"
-    argv = [sys.executable, script, "--train_file", data, "--tokenizer", tokenizer]
-    completed = subprocess.run(argv, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    assert completed.returncode == 1
-    expected = (
-        "there is no such folder, and as a name" if tokenizer == "no/model" else "is not a folder. THUDM/README.md"
-    )
-    assert completed.stderr.startswith("inspect_data.py: --tokenizer: ")
-    assert expected in completed.stderr and completed.stderr.count("\n") == 1
+    with pytest.raises(UserError if tokenizer == "no/model" else FileNotFoundError) as error:
+        load_tokenizer(tokenizer)
+    expected = {
+        "no/model": "there is no such folder, and as a name",
+        "/no/such/model": "is not a folder. THUDM/README.md",
+    }
+    assert expected[tokenizer] in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(SystemExit) as end:
+        inspect_data.main(["--train_file", str(data), "--tokenizer", tokenizer])
+    assert "--tokenizer: " in str(end.value) and expected[tokenizer] in str(end.value)
 
 
 def test_an_error_comes_without_warnings_of_optional_packages():

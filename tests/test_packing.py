@@ -215,7 +215,7 @@ def random_rows(count: int) -> list[Packing]:
     return [Packing([draw.randint(5, 120) for _ in range(draw.randint(3, 9))]) for _ in range(count)]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
 def test_rows_of_all_lengths_share_three_kernels():
     """The first row's, the second's, which has as many blocks of keys, and one for whatever lengths come.
@@ -235,6 +235,7 @@ def test_rows_of_all_lengths_share_three_kernels():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
 
 
+@pytest.mark.thorough
 def test_training_and_evaluation_compile_four_times(monkeypatch):
     """Both rows of the trial, the first layer (whose queries need no gradient), evaluation; PyTorch's limit is 8.
 
@@ -379,8 +380,11 @@ def model(tmp_path_factory, tiny_folder):
 
 @pytest.mark.parametrize(
     "options",
-    [{"pre_seq_len": 4}, {"finetuning_type": "lora", "learning_rate": 1e-2}, {"learning_rate": 1e-3}],
-    ids=["ptuning", "lora", "full"],
+    [
+        pytest.param({"pre_seq_len": 4}, id="ptuning"),
+        pytest.param({"finetuning_type": "lora", "learning_rate": 1e-2}, id="lora", marks=pytest.mark.thorough),
+        pytest.param({"learning_rate": 1e-3}, id="full", marks=pytest.mark.thorough),
+    ],
 )
 def test_a_packed_run_equals_one_with_the_same_rows_in_a_step(options, model, tmp_path, monkeypatch, capsys):
     """All 24 rows in each step, once as packed groups, once as rows of a batch."""

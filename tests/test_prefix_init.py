@@ -105,8 +105,7 @@ def test_a_run_starts_from_the_text(is_file, model, data, tmp_path):
     torch.testing.assert_close(saved, expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [{"quantization_bit": 4}, {"bf16": True}])
+@pytest.mark.parametrize("options", [{"bf16": True}, pytest.param({"quantization_bit": 4}, marks=pytest.mark.thorough)])
 def test_a_base_in_low_precision_gives_its_own_keys(options, model, data, tmp_path):
     if "quantization_bit" in options:
         pytest.importorskip("bitsandbytes")

@@ -4,6 +4,7 @@ transformers applies the mapping while it loads and reverts it while it saves, s
 and out without a copy of the whole model in memory.
 """
 
+import warnings
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -180,7 +181,9 @@ def read_pickle(
     """
     is_mapped = (is_mapped or map_location == "meta") and zipfile.is_zipfile(file)
     try:
-        state = torch.load(file, map_location=map_location, weights_only=True, mmap=is_mapped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch asks a user to report what his file is
+            state = torch.load(file, map_location=map_location, weights_only=True, mmap=is_mapped)
     except OSError:
         raise
     except Exception as error:  # a damaged pickle raises whatever its bytes spell, a foreign one the advice to run it
