@@ -1,15 +1,17 @@
 """Data files of other projects: each is told by its keys and becomes the record, and the ids, that it means."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from conftest import REPOSITORY
 from conversation_helpers import assistant, conversation, message, pair, user, write_jsonl
 
 from finetune_chatmodel_demo.chatglm3 import load_tokenizer
 from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.conversation import read_records, render_conversation
-from finetune_chatmodel_demo.conversation.file_formats import FORMATTINGS
+from finetune_chatmodel_demo.conversation.file_formats import FORMATTINGS, tell_formatting
 from finetune_chatmodel_demo.conversation.render import render_pair
 
 CORPORA = Path(__file__).parent / "corpora"
@@ -68,6 +70,14 @@ RECORDS = {
     "swift.jsonl": [conversation(SYSTEM, *FIRST, *SECOND)],
     "pairs.jsonl": [pair(FIRST[:1], "电属性。", "火属性。")] * 5,
 }
+
+
+def test_the_table_of_formats_has_an_example_of_each():
+    text = (REPOSITORY / "data_processing" / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| .* \| `(\{.*\})` \|$", text, flags=re.M)
+    assert {name for name, _ in rows} == set(FORMATTINGS)
+    for name, example in rows:
+        assert tell_formatting(json.loads(example.replace(", …", ""))) == name, example
 
 
 @pytest.fixture(scope="module")
