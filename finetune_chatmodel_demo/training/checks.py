@@ -15,6 +15,7 @@ from finetune_chatmodel_demo.chatglm3.model_folder import check_model_folder
 from finetune_chatmodel_demo.chatglm3.prefix_files import is_prefix_checkpoint, read_prefix_config
 from finetune_chatmodel_demo.chatglm3.weights import LINEAR_MODULES, OFFICIAL_MODULES
 from finetune_chatmodel_demo.common.errors import UserError
+from finetune_chatmodel_demo.common.flags import check_number
 from finetune_chatmodel_demo.conversation.data_arguments import DataArguments
 from finetune_chatmodel_demo.conversation.stage_data import check_flags
 from finetune_chatmodel_demo.training.arguments import (
@@ -25,12 +26,15 @@ from finetune_chatmodel_demo.training.arguments import (
     ModelArguments,
     StageArguments,
 )
-from finetune_chatmodel_demo.training.counts import check_counts
 from finetune_chatmodel_demo.training.evaluation_checks import check_evaluation, check_overfit_check
 from finetune_chatmodel_demo.training.settings import Settings, trains
 from finetune_chatmodel_demo.training.stages.stage_checks import check_dpo, check_ppo
 from finetune_chatmodel_demo.training.zero import read_stage
 
+# Of transformers' arguments, and of flags that a plan gets without their dataclass.
+COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+COUNTS += ("max_seq_length", "pre_seq_len")
+AMOUNTS = ("num_train_epochs", "save_steps", "eval_steps")  # may be fractions: epochs, and shares of the steps
 # Flags that mean something for one method only → how to choose it.
 FLAGS_OF_METHOD = {
     P_TUNING: (
@@ -146,6 +150,17 @@ def check_settings(settings: Settings) -> None:
     _check_streaming(settings)
     _check_packing(settings)
     check_overfit_check(settings)
+
+
+def check_counts(given: dict[str, object]) -> None:
+    """Numbers that cannot be zero or negative, refused before something divides by them.
+
+    Raises:
+        UserError: for the first that is too small.
+    """
+    for interval, names in (("[1, inf)", COUNTS), ("(0, inf)", AMOUNTS)):
+        for name in names:
+            check_number(name, given.get(name), interval)
 
 
 def _tell_of_no_training(settings: Settings) -> None:

@@ -19,7 +19,7 @@ from finetune_chatmodel_demo.training.arguments import (
     P_TUNING,
     MethodArguments,
 )
-from finetune_chatmodel_demo.training.counts import check_counts
+from finetune_chatmodel_demo.training.checks import check_counts
 from finetune_chatmodel_demo.training.memory import GIB, MemoryPlan, plan_memory, weight_bytes
 from finetune_chatmodel_demo.training.parameter_counts import (
     count_adapter,
