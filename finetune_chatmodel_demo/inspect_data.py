@@ -23,8 +23,7 @@ from finetune_chatmodel_demo.common.flags import add_fields
 from finetune_chatmodel_demo.conversation.data_arguments import DataArguments, read_data_arguments
 from finetune_chatmodel_demo.conversation.records import STAGE_KINDS
 from finetune_chatmodel_demo.conversation.stage_data import StageData, build_stage_data
-from finetune_chatmodel_demo.conversation.viewing import format_row, format_summary
-from finetune_chatmodel_demo.conversation.viewing_html import format_html
+from finetune_chatmodel_demo.conversation.view import format_html, format_row, format_summary
 
 HTML_ROWS = 50
 

@@ -18,7 +18,7 @@ from finetune_chatmodel_demo import inspect_data
 from finetune_chatmodel_demo.conversation import DataArguments, build_dataset, render_conversation, render_input_output
 from finetune_chatmodel_demo.conversation.data_arguments import read_data_arguments
 from finetune_chatmodel_demo.conversation.stage_data import build_stage_data
-from finetune_chatmodel_demo.conversation.viewing import format_row, token_texts
+from finetune_chatmodel_demo.conversation.view import format_row, token_texts
 
 PROGRAM = Path(inspect_data.__file__)
 RECORDS = [
