@@ -548,6 +548,16 @@ def test_the_best_checkpoint_is_the_one_with_the_highest_reward(model, files, tm
     assert all(torch.equal(result[name], kept[name]) for name in kept)
 
 
+def test_early_stopping_follows_the_reward(model, files, tmp_path):
+    """Nothing is learned at a learning rate of 0, and the first checkpoint stays the best one."""
+    (files / "short.py").write_text("def short(prompts, replies): return [-len(r) for r in replies]", encoding="utf-8")
+    changes = {"reward_function": f"{files / 'short.py'}:short", "learning_rate": 0.0, "max_steps": 6, "save_steps": 1}
+    changes |= {"validation_file": files / "validation.jsonl", "early_stopping_patience": 2}
+    trainer = run(model, files, tmp_path / "o", **changes)
+    assert (trainer.args.metric_for_best_model, trainer.args.greater_is_better) == ("reward", True)
+    assert (trainer.state.global_step, trainer.state.best_global_step) == (3, 1)
+
+
 def test_a_reward_is_checked_without_training(model, files, tmp_path):
     """--do_eval alone: the mean reward of a model as it is."""
     changes = {"do_eval": True, "validation_file": files / "validation.jsonl", "max_steps": None}

@@ -14,8 +14,6 @@ from data_processing.holding_out import is_held_out
 from data_processing.template_reader import load_template
 from finetune_chatmodel_demo import finetune
 
-pytestmark = pytest.mark.slow
-
 DATASETS = REPOSITORY / "data_processing" / "datasets"
 PAIRS = "pokemon_preference"
 
@@ -53,7 +51,15 @@ def run(model, output, method, **options):
     return read_log(output)
 
 
-@pytest.mark.parametrize(("method", "factor"), [("ptuning", 300), ("lora", 3000), ("freeze", 3000), ("full", 3000)])
+@pytest.mark.parametrize(
+    ("method", "factor"),
+    [
+        ("freeze", 3000),
+        pytest.param("ptuning", 300, marks=pytest.mark.thorough),
+        pytest.param("lora", 3000, marks=pytest.mark.thorough),
+        pytest.param("full", 3000, marks=pytest.mark.thorough),
+    ],
+)
 def test_pt_lowers_the_perplexity_of_held_out_text(method, factor, tiny_folder, tmp_path):
     """Prose on 113 Pokémon is trained, in wordings that the model has not seen; prose on 38 others is held out.
 
@@ -68,7 +74,13 @@ def test_pt_lowers_the_perplexity_of_held_out_text(method, factor, tiny_folder, 
 
 
 @pytest.mark.parametrize(
-    ("method", "steps", "share"), [("ptuning", 450, 0.7), ("lora", 250, 0.8), ("freeze", 250, 0.8), ("full", 250, 0.8)]
+    ("method", "steps", "share"),
+    [
+        ("freeze", 250, 0.8),
+        pytest.param("ptuning", 450, 0.7, marks=pytest.mark.thorough),
+        pytest.param("lora", 250, 0.8, marks=pytest.mark.thorough),
+        pytest.param("full", 250, 0.8, marks=pytest.mark.thorough),
+    ],
 )
 def test_sft_teaches_the_model_to_answer(method, steps, share, tiny_folder, tmp_path):
     """Replies that equal the reference, to questions in wordings of their own; the base model has none."""
@@ -107,6 +119,7 @@ def write_more_pairs(folder):
     return folder
 
 
+@pytest.mark.thorough  # by default test_ppo_proof.py trains a reward model
 def test_rm_prefers_true_answers(tiny_folder, tmp_path):
     """About facts that it was trained on, in wordings and against false answers that it was not."""
     data = {"stage": "rm", "dataset_dir": write_more_pairs(tmp_path), "dataset": "more", "eval_dataset": "validation"}
@@ -121,8 +134,13 @@ def test_rm_prefers_true_answers(tiny_folder, tmp_path):
 @pytest.mark.parametrize(
     ("method", "steps", "options"),
     [
-        ("ptuning", 120, {"pre_seq_len": 32, "prefix_init_std": 1.0, "learning_rate": 3e-2}),
         ("lora", 60, {"learning_rate": 1e-3}),
+        pytest.param(
+            "ptuning",
+            120,
+            {"pre_seq_len": 32, "prefix_init_std": 1.0, "learning_rate": 3e-2},
+            marks=pytest.mark.thorough,
+        ),
     ],
 )
 def test_dpo_prefers_true_answers(method, steps, options, tiny_folder, tmp_path):
