@@ -10,13 +10,14 @@ the word 6b.
 """
 
 import argparse
-import logging
+import json
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the rooms are packages; this folder's own are not modules
 
+from finetune_chatmodel_demo.common.cli import EXIT_NO, run_program
 from finetune_chatmodel_demo.common.errors import UserError
 
 
@@ -43,32 +44,23 @@ def main(argv: list[str] | None = None) -> int:
     """Prints the plan.
 
     Returns:
-        0; 1 for an error that was explained; 2 where the run does not fit.
+        0; 1 where the run does not fit; 2 for an error that was explained.
     """
+    return run_program(lambda: _plan(argv))
+
+
+def _plan(argv: list[str] | None) -> int:
     options, rest = build_parser().parse_known_args(argv)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns that an optional package is missing
+    for name, least in (("gpus", 1), ("rows", 1), ("row_tokens", 1), ("supervised", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name} is {value}; it must be {least} or more")
     from finetune_chatmodel_demo.training.command_line import parse_given
 
-    try:
-        given, notices = parse_given(rest)
-        for name in ("gpus", "rows", "row_tokens"):
-            if getattr(options, name) is not None and getattr(options, name) < 1:
-                raise UserError(f"--{name} is {getattr(options, name)}; it must be at least 1")
-        if options.supervised is not None and options.supervised < 0:
-            raise UserError(f"--supervised is {options.supervised}; it must be 0 or more")
-        return _plan(given, notices, options)
-    except UserError as error:
-        print(f"plan_memory.py: error: {error}", file=sys.stderr)
-        return 1
+    given, notices = parse_given(rest)
+    from finetune_chatmodel_demo.training.run_plan import describe_plan, make_plan, plan_as_json, read_gpu_memory
 
-
-def _plan(given: dict[str, object], notices: list[str], options: argparse.Namespace) -> int:
-    import json
-
-    from finetune_chatmodel_demo.training.plan_report import describe_plan, plan_as_json
-    from finetune_chatmodel_demo.training.remedies import read_gpu_memory
-    from finetune_chatmodel_demo.training.run_plan import make_plan
-
+    limit = read_gpu_memory(options.gpu_memory) if options.gpu_memory else None
     plan = make_plan(
         given,
         gpus=options.gpus,
@@ -77,14 +69,13 @@ def _plan(given: dict[str, object], notices: list[str], options: argparse.Namesp
         supervised=options.supervised,
         is_cuda=not (options.cpu or given.get("use_cpu")),
     )
-    limit = read_gpu_memory(options.gpu_memory) if options.gpu_memory else None
     if options.json:
         print(json.dumps(plan_as_json(plan, limit), indent=2, ensure_ascii=False))
     else:
         print(describe_plan(plan, limit))
         for notice in notices:
             print(f"note: {notice}")
-    return 2 if limit is not None and plan.memory.total > limit else 0
+    return EXIT_NO if limit is not None and plan.memory.total > limit else 0
 
 
 if __name__ == "__main__":

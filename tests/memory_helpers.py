@@ -1,161 +1,59 @@
-"""What the tests of the memory plan measure with: bytes that autograd keeps, and the peak of live tensors in a step."""
+"""What the tests of the memory plan measure with: the peak of live tensors in real steps of small models."""
 
-import copy
-import weakref
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from finetune_chatmodel_demo.chatglm3 import ChatGLM3Config, ChatGLM3ForCausalLM
-from finetune_chatmodel_demo.chatglm3.kernels import set_policy
-from finetune_chatmodel_demo.chatglm3.lora import add_adapter
-
-LORA_RANK = 8
+from finetune_chatmodel_demo.chatglm3 import ChatGLM3Config
+from finetune_chatmodel_demo.training.deciding import read_settings
+from finetune_chatmodel_demo.training.memory import PeakCounter, Step, build_model
 
 
-class PeakCounter(TorchDispatchMode):
-    """Counts the bytes of all tensor storages that are alive, and their peak.
+def step_of(config: ChatGLM3Config, method: str, policy: str = "none", **facts: Any) -> Step:
+    """A step on the CPU, in bfloat16 unless `facts` say otherwise; half of its tokens are supervised.
 
-    `with counter: …` sees every operation of forward, backward and optimizer on a CPU, real or fake. What a kernel
-    allocates inside of itself it does not see.
+    Args:
+        facts: attributes of the step, and the flag `prefix_projection`.
     """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._live: dict[int, int] = {}
-        self.now = self.peak = 0
-
-    def add(self, tensor: torch.Tensor) -> None:
-        """Counts the storage of `tensor`, once."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._live:
-            return
-        self._live[key] = storage.nbytes()
-        self.now += self._live[key]
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._drop, key)
-
-    def _drop(self, key: int) -> None:
-        self.now -= self._live.pop(key, 0)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, torch.Tensor):
-                self.add(leaf)
-        return output
+    flags = {"finetuning_type": method, "lora_rank": 8, "freeze_trainable_layers": 2}
+    if method == "ptuning":
+        flags |= {"pre_seq_len": 32, "prefix_projection": facts.pop("prefix_projection", False)}
+    facts = {"rows": 1, "tokens": 512, **facts}
+    supervised = facts["rows"] * facts["tokens"] // 2
+    return Step(config, read_settings(flags), policy=policy, supervised=supervised, is_cuda=False, **facts)
 
 
-@dataclass(frozen=True)
-class Case:
-    """A training step to measure."""
-
-    config: ChatGLM3Config
-    method: str
-    policy: str
-    is_half: bool  # weights in bfloat16 (trained ones in float32) under autocast, as on a GPU
-    tokens: int
-    rows: int = 1
-    prefix: int = 32
-    projection: bool = False
-    segments: tuple[int, ...] | None = None
-    supervised: int | None = None  # of each row; default: half of the tokens
-    batches: int = 1  # accumulated
-
-    @property
-    def counted(self) -> int:
-        """Supervised tokens of each row."""
-        return self.tokens // 2 if self.supervised is None else self.supervised
-
-
-def build_model(case: Case) -> nn.Module:
-    """The model as `training.methods.prepare_model` makes it."""
-    torch.manual_seed(0)
-    half = torch.bfloat16 if case.is_half and case.method != "full" else torch.float32
-    model: Any = ChatGLM3ForCausalLM(copy.deepcopy(case.config)).to(half)  # a prefix changes the configuration
-    if case.method == "ptuning":
-        model.add_prefix(case.prefix, case.projection)
-    elif case.method == "lora":
-        model = add_adapter(model, rank=LORA_RANK)
-    elif case.method == "freeze":
-        model.requires_grad_(False)
-        model.model.layers[-2:].requires_grad_(True)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    model.train()
-    if case.policy != "none":
-        if case.policy == "mlp":
-            set_policy(model, "mlp")
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-        if case.method == "lora":
-            model.enable_input_require_grads()
-    return model
-
-
-def batch_of(case: Case) -> dict[str, Any]:
-    """Inputs of one batch: of each row the last tokens are supervised."""
-    ids = torch.zeros(case.rows, case.tokens, dtype=torch.long)
-    labels = torch.full_like(ids, -100)
-    labels[:, case.tokens - case.counted :] = 1
-    batch: dict[str, Any] = {"input_ids": ids, "labels": labels}
-    if case.segments:
-        batch["segment_lengths"] = case.segments
-        batch["position_ids"] = torch.cat([torch.arange(length) for length in case.segments])[None]
-    return batch
-
-
-def autocast(case: Case) -> Any:
-    """The context of the forward pass."""
-    return torch.autocast("cpu", dtype=torch.bfloat16) if case.is_half else nullcontext()
-
-
-def measure_kept(case: Case) -> int:
-    """Bytes that the forward pass of the transformer (without the loss) keeps for the backward pass."""
-    model = build_model(case)
-    base = model.base_model.model.model if case.method == "lora" else model.model
-    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept: dict[int, weakref.ref] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in parameters:
-            kept[storage._cdata] = weakref.ref(storage)
-        return tensor
-
-    batch = batch_of(case)
-    del batch["labels"]
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast(case):
-        output = base(**batch, use_cache=False).last_hidden_state
-    # What passed by and was dropped does not count: frozen layers below the trained ones, for instance.
-    parts = [storage() for storage in kept.values()]
-    assert output.requires_grad
-    return sum(storage.nbytes() for storage in parts if storage is not None)
-
-
-def measure_peak(case: Case) -> int:
-    """Peak bytes of the second of two whole steps, in which the optimizer has its state."""
-    model = build_model(case)
+def measure_peak(step: Step, model: nn.Module | None = None) -> int:
+    """Peak bytes of the second of two whole steps with real tensors, in which the optimizer has its state."""
+    model = model or build_model(step).to_empty(device="cpu")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
-    batch = batch_of(case)
-    counter = PeakCounter()
+    batch, counter = batch_of(step), PeakCounter()
     for tensor in [*model.parameters(), *model.buffers()]:
         counter.add(tensor)
     with counter:
         for _ in range(2):
-            counter.peak = counter.now
-            for _ in range(case.batches):
-                with autocast(case):
+            counter.restart("")
+            for _ in range(2 if step.accumulates else 1):
+                half = step.precision != "float32"
+                with torch.autocast("cpu", dtype=torch.bfloat16) if half else nullcontext():
                     loss = model(**batch).loss
                 loss.backward()
                 del loss
             optimizer.step()
             optimizer.zero_grad()
     return counter.peak
+
+
+def batch_of(step: Step) -> dict[str, Any]:
+    """Inputs of one batch: of each row the last tokens are supervised."""
+    ids = torch.zeros(step.rows, step.tokens, dtype=torch.long)
+    labels = torch.full_like(ids, -100)
+    labels[:, step.tokens - step.supervised // step.rows :] = 1
+    batch: dict[str, Any] = {"input_ids": ids, "labels": labels}
+    if step.segments:
+        length = step.tokens // step.segments
+        batch["segment_lengths"] = [length] * step.segments
+        batch["position_ids"] = torch.arange(length).repeat(step.segments)[None]
+    return batch

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from memory_helpers import PeakCounter
 from torch import nn
 
 from finetune_chatmodel_demo.chatglm3 import ChatGLM3Config, ChatGLM3ForCausalLM, kernels
 from finetune_chatmodel_demo.chatglm3.kernels import summed_cross_entropy
+from finetune_chatmodel_demo.training.memory import PeakCounter
 
 WIDTH, VOCABULARY, POSITIONS = 24, 96, 20
 

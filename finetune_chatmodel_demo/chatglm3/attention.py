@@ -10,6 +10,7 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class Packing:
     @cached_property
     def bounds(self) -> list[tuple[int, int]]:
         """(start, end) of each conversation."""
-        ends = torch.tensor(self.lengths).cumsum(0).tolist()
+        ends = list(accumulate(self.lengths))
         return list(zip([0, *ends[:-1]], ends))
 
     def segments(self, device: torch.device) -> torch.Tensor:

@@ -254,6 +254,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
                 scores /= sums
                 scores.scatter_add_(1, wanted, torch.full_like(chosen, -1.0))
                 gradient[rows] = scores.to(dtype) @ head.weight.to(dtype)
+            del scores  # or it would be there beside the next chunk's
         ctx.save_for_backward(gradient)
         return total
 

@@ -3,6 +3,7 @@
 Everything here and in `checks` happens before the model is loaded, and writes nothing.
 """
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -31,13 +32,13 @@ from finetune_chatmodel_demo.training.checks import check_files, check_settings,
 from finetune_chatmodel_demo.training.prediction import check_packages
 from finetune_chatmodel_demo.training.results import check_reporters
 from finetune_chatmodel_demo.training.schedule import check_scheduler, read_options
-from finetune_chatmodel_demo.training.settings import METHOD_TITLES, Settings
+from finetune_chatmodel_demo.training.settings import METHOD_TITLES, Settings, choose_policy, choose_precision
 from finetune_chatmodel_demo.training.stages.stage_checks import default_metric
 
 DEFAULT_WARMUP_SHARE = 0.03
 
 
-def decide_settings(given: dict[str, object], notices: list[str] | None = None) -> Settings:
+def decide_settings(given: dict[str, object], notices: Sequence[str] = ()) -> Settings:
     """Turns the options that were given into a run.
 
     Args:
@@ -47,28 +48,8 @@ def decide_settings(given: dict[str, object], notices: list[str] | None = None) 
     Raises:
         UserError: when the run cannot work as described.
     """
-    notices = list(notices or [])
-    try:
-        data = DataArguments(**_select(given, DataArguments))
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    model = ModelArguments(**_select(given, ModelArguments))
-    tuning, stage = MethodArguments(**_select(given, MethodArguments)), StageArguments(**_select(given, StageArguments))
-    check_files(model, data, stage.stage, given, notices)
-    method = tuning.finetuning_type or (P_TUNING if model.pre_seq_len or model.ptuning_checkpoint else FULL)
-    settings = Settings(
-        model=model,
-        tuning=tuning,
-        stage=stage,
-        data=data,
-        generation=GenerationArguments(**_select(given, GenerationArguments)),
-        training=None,
-        run=RunArguments(**_select(given, RunArguments)),
-        method=method,
-        checkpoint=None,
-        given=given,
-        notices=notices,
-    )
+    settings = read_settings(given, notices)
+    check_files(settings.model, settings.data, settings.stage.stage, given, settings.notices)
     check_settings(settings)
     training = _build_training_arguments(settings)
     if settings.run.overfit_check is not None:  # leaves the checkpoints of --output_dir alone
@@ -80,6 +61,28 @@ def decide_settings(given: dict[str, object], notices: list[str] | None = None) 
     if settings.does_train:
         _check_earlier_run(settings)
     return settings
+
+
+def read_settings(given: dict[str, object], notices: Sequence[str] = ()) -> Settings:
+    """The options in their groups, and the method; no file and no device is looked at yet."""
+    model, tuning = ModelArguments(**_select(given, ModelArguments)), MethodArguments(**_select(given, MethodArguments))
+    try:
+        data = DataArguments(**_select(given, DataArguments))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return Settings(
+        model=model,
+        tuning=tuning,
+        stage=StageArguments(**_select(given, StageArguments)),
+        data=data,
+        generation=GenerationArguments(**_select(given, GenerationArguments)),
+        training=None,
+        run=RunArguments(**_select(given, RunArguments)),
+        method=tuning.finetuning_type or (P_TUNING if model.pre_seq_len or model.ptuning_checkpoint else FULL),
+        checkpoint=None,
+        given=given,
+        notices=list(notices),
+    )
 
 
 def _select(given: dict[str, object], arguments: type) -> dict[str, object]:
@@ -95,9 +98,8 @@ def _build_training_arguments(settings: Settings) -> TrainingArguments:
         chosen["lr_scheduler_kwargs"] = read_options(chosen["lr_scheduler_kwargs"])
     # transformers 5.23 renamed the flag; both names work, and the old one warns.
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
-    wanted = chosen.pop("gradient_checkpointing", None)
-    wanted = chosen.get(checkpointing) if wanted is None else wanted
-    chosen[checkpointing] = has_gpu(given) if wanted is None else bool(wanted)
+    chosen.pop("gradient_checkpointing", None)
+    chosen[checkpointing] = choose_policy(given, has_gpu(given)) != "none"
     defaults = {
         "learning_rate": settings.usual_learning_rate,
         "warmup_steps": _default_warmup(given),
@@ -139,8 +141,8 @@ def _default_warmup(given: dict[str, object]) -> float:
 def _default_precision(given: dict[str, object]) -> dict[str, bool]:
     if "bf16" in given or "fp16" in given or not has_gpu(given):
         return {}
-    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return {"bf16": True} if has_bf16 else {"fp16": True}
+    precision = choose_precision(given, True, torch.cuda.is_bf16_supported(including_emulation=False))
+    return {"bf16" if precision == "bfloat16" else "fp16": True}
 
 
 def _default_evaluation(settings: Settings) -> dict[str, object]:

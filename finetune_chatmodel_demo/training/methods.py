@@ -28,6 +28,7 @@ from finetune_chatmodel_demo.training.arguments import (
     FULL,
     LORA,
     P_TUNING,
+    MethodArguments,
 )
 from finetune_chatmodel_demo.training.settings import Settings
 from finetune_chatmodel_demo.training.zero import connect
@@ -52,7 +53,7 @@ def prepare_model(settings: Settings) -> nn.Module:
         if settings.method == LORA:
             model = _put_adapter(model, settings)
         elif settings.method == FREEZE:
-            _freeze(model, settings)
+            freeze_rest(model, settings.tuning)
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
     if settings.recomputes_mlp_only:
@@ -60,7 +61,7 @@ def prepare_model(settings: Settings) -> nn.Module:
     if settings.compiles_elementwise:
         compile_elementwise(model)
     if not settings.training.deepspeed:
-        _train_in_float32(model)
+        train_in_float32(model)
     if settings.method == FREEZE and settings.checkpoint:
         _load_trained_parameters(model, settings.checkpoint)
     return model.eval()
@@ -114,12 +115,16 @@ def _read_text(text: str) -> str:
 
 
 def _put_adapter(model: nn.Module, settings: Settings) -> nn.Module:
-    tuning = settings.tuning
     start = settings.checkpoint or settings.continued_adapter
     if start:
         return load_adapter(model, start, is_trainable=True)
     if settings.merged_adapter:
         model = merge_into_base(model, settings.merged_adapter)
+    return add_new_adapter(model, settings.tuning)
+
+
+def add_new_adapter(model: nn.Module, tuning: MethodArguments) -> nn.Module:
+    """The model with an adapter that nothing has trained yet."""
     return add_adapter(
         model,
         rank=tuning.lora_rank,
@@ -132,13 +137,13 @@ def _put_adapter(model: nn.Module, settings: Settings) -> nn.Module:
     )
 
 
-def _freeze(model: nn.Module, settings: Settings) -> None:
+def freeze_rest(model: nn.Module, tuning: MethodArguments) -> None:
     """Leaves only the parameters of the chosen layers and modules trainable, and a score head.
 
     Raises:
         UserError: for a number of layers that the model does not have, or an unknown module.
     """
-    tuning, layers = settings.tuning, model.model.layers
+    layers = model.model.layers
     count = tuning.freeze_trainable_layers
     if not 0 < abs(count) <= len(layers):
         raise UserError(
@@ -176,7 +181,7 @@ def _find_parts(modules: dict[str, nn.Module], names: str, flag: str) -> list[nn
     return found
 
 
-def _train_in_float32(model: nn.Module) -> None:
+def train_in_float32(model: nn.Module) -> None:
     """Half precision would round small steps away."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):

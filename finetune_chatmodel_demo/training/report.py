@@ -5,9 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_chatmodel_demo.conversation.packing import GroupedRows
 from finetune_chatmodel_demo.training.methods import describe_method
-from finetune_chatmodel_demo.training.plan_report import describe_in_a_line
 from finetune_chatmodel_demo.training.settings import Settings
-from finetune_chatmodel_demo.training.start_plan import plan_settings, uses_checkpointing
 
 if TYPE_CHECKING:
     from finetune_chatmodel_demo.training.trainer import RunTrainer
@@ -44,7 +42,6 @@ def describe_start(settings: Settings, trainer: "RunTrainer") -> str:
         **(trainer.describe_steps(steps) if hasattr(trainer, "describe_steps") else {}),
         "precision": settings.precision
         + (f", base in {bits} bits" if (bits := settings.model.quantization_bit) else ""),
-        **({"memory": describe_in_a_line(plan)} if (plan := plan_settings(settings, trainer.train_dataset)) else {}),
         "device": f"{args.device}, gradient checkpointing {_describe_checkpointing(settings)}"
         + (", norms and SwiGLU compiled" if settings.compiles_elementwise else ""),
         "output": f"{args.output_dir}, a checkpoint every {args.save_steps:g} {_name(args.save_strategy)}",
@@ -70,6 +67,11 @@ def count_steps(trainer: "RunTrainer") -> int:
     if hasattr(trainer, "count_steps"):
         return trainer.count_steps()
     return trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+
+
+def uses_checkpointing(args: Any) -> bool:
+    """Whether activations are recomputed; transformers 5.23 renamed the setting."""
+    return bool(getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing)
 
 
 def _describe_checkpointing(settings: Settings) -> str:

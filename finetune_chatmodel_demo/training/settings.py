@@ -43,6 +43,20 @@ def trains(given: dict[str, object]) -> bool:
     return bool(given.get("do_train") or not (given.get("do_eval") or given.get("do_predict")))
 
 
+def choose_policy(given: dict[str, object], is_cuda: bool) -> str:
+    """The policy of gradient checkpointing: none, mlp or full; on a GPU activations are recomputed by default."""
+    wanted = given.get("gradient_checkpointing", given.get("activation_checkpointing"))
+    wanted = is_cuda if wanted is None else wanted
+    return "mlp" if wanted == "mlp" else "full" if wanted else "none"
+
+
+def choose_precision(given: dict[str, object], is_cuda: bool, has_bf16: bool = True) -> str:
+    """What the model computes in: by --bf16 and --fp16, else half precision on a GPU."""
+    if "bf16" in given or "fp16" in given:
+        return "bfloat16" if given.get("bf16") else "float16" if given.get("fp16") else "float32"
+    return "float32" if not is_cuda else "bfloat16" if has_bf16 else "float16"
+
+
 @dataclass(frozen=True)
 class Settings:
     """A run, decided.
@@ -115,7 +129,7 @@ class Settings:
     @property
     def recomputes_mlp_only(self) -> bool:
         """Whether the policy of gradient checkpointing is "mlp"."""
-        return "mlp" in (self.given.get("gradient_checkpointing"), self.given.get("activation_checkpointing"))
+        return choose_policy(self.given, is_cuda=False) == "mlp"
 
     @property
     def compiles_elementwise(self) -> bool:

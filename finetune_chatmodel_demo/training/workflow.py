@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerState, set_seed
 
 from finetune_chatmodel_demo.common.errors import UserError
@@ -29,7 +30,6 @@ from finetune_chatmodel_demo.training.results import (
     save_results,
 )
 from finetune_chatmodel_demo.training.settings import Settings
-from finetune_chatmodel_demo.training.start_plan import describe_dry_run, warn_of_memory
 from finetune_chatmodel_demo.training.trainer import RunTrainer
 from finetune_chatmodel_demo.training.zero import check_pickles, take_up_other_processes
 
@@ -134,8 +134,7 @@ def _print_start(settings: Settings, trainer: RunTrainer, tokenizer: Any, data: 
     print(data.table)
     if settings.does_train:
         print(f"the run:\n{describe_start(settings, trainer)}")
-    warnings = warn_of_memory(settings, data.train) if settings.does_train else []
-    for notice in settings.notices + warnings + _changes_since(settings, trainer):
+    for notice in settings.notices + _changes_since(settings, trainer):
         print(f"note: {notice}")
     print(flush=True)
 
@@ -145,10 +144,22 @@ def _print_dry_run(settings: Settings, data: StageData) -> None:
     if not settings.training.should_log:
         return
     print(data.table)
-    print(describe_dry_run(settings, data.train))
+    print(_describe_plan(settings, data.train))
     for notice in settings.notices:
         print(f"note: {notice}")
     print("nothing was trained or written (--dry_run)", flush=True)
+
+
+def _describe_plan(settings: Settings, rows: Any) -> str:
+    """What the run will need; it takes seconds to find out."""
+    from finetune_chatmodel_demo.training.run_plan import describe_plan, plan_settings
+
+    device = settings.training.device
+    limit = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    try:
+        return f"the plan: {describe_plan(plan_settings(settings, rows), limit)}"
+    except UserError as error:
+        return f"the plan: {error}"
 
 
 def _changes_since(settings: Settings, trainer: RunTrainer) -> list[str]:

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
 from finetune_chatmodel_demo.common.errors import UserError
-from finetune_chatmodel_demo.training.parameter_counts import count_parameters
-from finetune_chatmodel_demo.training.run_shape import Zero
 
 # Beside DeepSpeed's files in a checkpoint, while a run with another number of processes takes it up.
 UNIVERSAL, LATEST_UNIVERSAL = "universal", "latest_universal"
@@ -242,12 +240,29 @@ def read_stage(config: object) -> int:
     return int(_read_section(config).get("stage", 0))
 
 
-def read_zero(config: object, model: ChatGLM3Config) -> Zero | None:
+@dataclass(frozen=True)
+class Zero:
+    """What of a DeepSpeed configuration decides memory.
+
+    Attributes:
+        stage: 1, 2 or 3.
+        offloads_optimizer, offloads_weights: to the host's memory.
+        buffer_bytes: of the buckets in which gradients are reduced and weights are gathered.
+    """
+
+    stage: int
+    offloads_optimizer: bool = False
+    offloads_weights: bool = False
+    buffer_bytes: float = 0.0
+
+
+def read_zero(config: object, hidden_size: int, parameters: int) -> Zero | None:
     """What of a DeepSpeed configuration decides memory; None: nothing is shared out.
 
     Args:
         config: what --deepspeed is given: a file, JSON, a mapping, or nothing.
-        model: its sizes stand for "auto".
+        hidden_size: of the model, for "auto".
+        parameters: of the model, more than which are never gathered.
 
     Raises:
         UserError: for a configuration that is no JSON object.
@@ -258,13 +273,12 @@ def read_zero(config: object, model: ChatGLM3Config) -> Zero | None:
     stage = int(zero.get("stage", 0))
     if stage == 0:
         return None
-    reduce = _number(zero.get("reduce_bucket_size"), model.hidden_size**2, ZERO_BUCKET)
+    reduce = _number(zero.get("reduce_bucket_size"), hidden_size**2, ZERO_BUCKET)
     buffers = reduce * 2 * (2 if zero.get("overlap_comm") else 1)
     if stage == 3:
-        everything = sum(count_parameters(model).values())
         live = _number(zero.get("stage3_max_live_parameters"), ZERO_LIVE, ZERO_LIVE)
-        prefetch = _number(zero.get("stage3_prefetch_bucket_size"), 0.9 * model.hidden_size**2, ZERO_BUCKET)
-        buffers += 2 * min(live + prefetch, everything)
+        prefetch = _number(zero.get("stage3_prefetch_bucket_size"), 0.9 * hidden_size**2, ZERO_BUCKET)
+        buffers += 2 * min(live + prefetch, parameters)
     else:
         buffers += 2 * _number(zero.get("allgather_bucket_size"), ZERO_BUCKET, ZERO_BUCKET)
     return Zero(

@@ -187,13 +187,13 @@ def measure_steps(
 
     Args:
         method, policy: as in the plan.
-        plan: further attributes of the plan's `RunShape`; `segments` packs the row.
+        plan: the flag `pre_seq_len`, and further attributes of the plan's `Step`; `segments` packs the row.
     """
     import torch
 
     from finetune_chatmodel_demo.chatglm3.kernels import set_policy
-    from finetune_chatmodel_demo.training.memory import plan_memory
-    from finetune_chatmodel_demo.training.run_shape import RunShape
+    from finetune_chatmodel_demo.training.deciding import read_settings
+    from finetune_chatmodel_demo.training.memory import Step, plan_memory
 
     model.train()
     set_policy(model, policy)
@@ -206,8 +206,8 @@ def measure_steps(
     batch = make_batch(options, config, plan.get("segments", 0))
     seconds, is_cuda = [], options.device == "cuda"
     _free_memory()  # what making the model left behind would count as reserved: 12 GB where it was quantized
-    for step in range(options.steps + 2):
-        if step == 2:  # the first compiles kernels, the second meets the optimizer's state
+    for number in range(options.steps + 2):
+        if number == 2:  # the first compiles kernels, the second meets the optimizer's state
             _reset_peak(is_cuda)
         started = time.perf_counter()
         with torch.autocast(options.device, dtype=torch.bfloat16):
@@ -218,13 +218,13 @@ def measure_steps(
         value = loss.item()  # waits for the GPU
         seconds.append(time.perf_counter() - started)
     supervised = int((batch["labels"][:, 1:] != -100).sum())
-    shape = RunShape(
+    flags = {"finetuning_type": method, "pre_seq_len": plan.pop("pre_seq_len", None)}
+    step = Step(
         config=config,
-        method=method,
+        settings=read_settings(flags),
         rows=1,
         tokens=options.tokens,
         supervised=supervised,
-        trained=sum(p.numel() for p in trained),
         policy=policy,
         is_cuda=is_cuda,
         **plan,
@@ -235,7 +235,7 @@ def measure_steps(
         "seconds_of_a_step": round(statistics.median(seconds[2:]), 4),
         "seconds_of_the_first": round(seconds[0], 2),
         "tokens_per_second": round(options.tokens / statistics.median(seconds[2:]), 1),
-        "planned_gib": round(plan_memory(shape).allocated / GIB, 3),
+        "planned_gib": round(plan_memory(step).allocated / GIB, 3),
     }
     return result | _read_peak(is_cuda) | {"supervised_tokens": supervised}
 
@@ -363,14 +363,18 @@ def run_compiled(options: argparse.Namespace, config: "ChatGLM3Config", results:
 
 def count_flops(options: argparse.Namespace, config: "ChatGLM3Config", supervised: int) -> float:
     """Useful floating point operations of a packed P-Tuning step; see `flops` in the report."""
-    from finetune_chatmodel_demo.training.parameter_counts import count_parameters
+    import torch
 
+    from finetune_chatmodel_demo.chatglm3 import ChatGLM3ForCausalLM
+
+    with torch.device("meta"):
+        layers = ChatGLM3ForCausalLM(config).model.layers
+    matrices = sum(parameter.numel() for parameter in layers.parameters() if parameter.dim() == 2)
     length = options.tokens / options.conversations
     keys = options.tokens * (options.prefix + (length + 1) / 2)
     width = config.num_attention_heads * config.kv_channels
     head = config.padded_vocab_size * config.hidden_size
-    layers = 4 * count_parameters(config)["linear"] * options.tokens
-    return layers + 4 * head * supervised + 12 * config.num_layers * width * keys
+    return 4 * matrices * options.tokens + 4 * head * supervised + 12 * config.num_layers * width * keys
 
 
 def run_decoding(options: argparse.Namespace, config: "ChatGLM3Config", results: dict[str, Any]) -> dict[str, Any]:
