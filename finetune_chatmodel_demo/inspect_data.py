@@ -16,8 +16,9 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from finetune_chatmodel_demo.common.cli import run_program
 from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.common.flags import add_fields
 from finetune_chatmodel_demo.conversation.data_arguments import DataArguments, read_data_arguments
@@ -56,34 +57,37 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     """Runs the program.
 
     Args:
         arguments: The command line; None takes the process's.
-    """
-    parser = build_parser()
-    options = parser.parse_args(arguments)
-    try:
-        data = read_data_arguments(options)
-        has_train = bool(data.train_file or data.dataset)
-        if not (has_train or data.validation_file or data.eval_dataset):
-            raise ValueError("give --train_file or --validation_file, or --dataset or --eval_dataset")
-        from finetune_chatmodel_demo.chatglm3 import load_tokenizer  # heavy: not for --help
 
-        try:
-            tokenizer = load_tokenizer(options.tokenizer)
-        except (UserError, OSError) as error:
-            raise UserError(f"--tokenizer: {error}") from error
-        if data.streaming:
-            raise ValueError("--streaming is for training; drop it, and give --max_samples 100 to read no further")
-        built = build_stage_data(data, options.stage, tokenizer, options.seed, needs_train=has_train)
-        show(options, tokenizer, built)
-    except BrokenPipeError:
-        # The reader (head, less) has seen enough; keep the interpreter from flushing into the closed pipe at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
-        sys.exit(f"{parser.prog}: {error}")
+    Returns:
+        The exit status; see `run_program`.
+    """
+    return run_program(lambda: inspect(build_parser().parse_args(arguments)))
+
+
+def inspect(options: argparse.Namespace) -> None:
+    """Builds the rows and shows them.
+
+    Raises:
+        UserError: flags contradict each other, or something that they name cannot be used.
+    """
+    data = read_data_arguments(options)
+    has_train = bool(data.train_file or data.dataset)
+    if not (has_train or data.validation_file or data.eval_dataset):
+        raise UserError("give --train_file or --validation_file, or --dataset or --eval_dataset")
+    if data.streaming:
+        raise UserError("--streaming is for training; drop it, and give --max_samples 100 to read no further")
+    from finetune_chatmodel_demo.chatglm3 import load_tokenizer  # heavy: not for --help
+
+    try:
+        tokenizer = load_tokenizer(options.tokenizer)
+    except (UserError, OSError) as error:
+        raise UserError(f"--tokenizer: {error}") from error
+    show(options, tokenizer, build_stage_data(data, options.stage, tokenizer, options.seed, needs_train=has_train))
 
 
 def show(options: argparse.Namespace, tokenizer, built: StageData) -> None:
@@ -91,11 +95,11 @@ def show(options: argparse.Namespace, tokenizer, built: StageData) -> None:
     parts = {name: getattr(built, name) for name in ("train", "validation") if getattr(built, name) is not None}
     shown = parts.get(options.part or next(iter(parts)))
     if shown is None:
-        raise ValueError(f"there are no rows of --part {options.part}; there are those of {', '.join(parts)}")
+        raise UserError(f"there are no rows of --part {options.part}; there are those of {', '.join(parts)}")
     wanted = options.row
     for row in wanted or ():
         if not 0 <= row < len(shown):
-            raise ValueError(f"--row {row} does not exist; {shown.report.path} has rows 0 to {len(shown) - 1}")
+            raise UserError(f"--row {row} does not exist; {shown.report.path} has rows 0 to {len(shown) - 1}")
     summary_stream = sys.stderr if options.json else sys.stdout
     is_split = len({rows.report.path for rows in parts.values()}) < len(parts)
     summaries = [format_summary(rows, f" ({name})" if is_split else "") for name, rows in parts.items()]
@@ -112,7 +116,6 @@ def show(options: argparse.Namespace, tokenizer, built: StageData) -> None:
             starts = shown.document_starts(row) if options.stage == "pt" else ()
             title = f"row {row} ({shown.where(row)})"
             print("\n" + format_row(tokenizer, shown[row], title, wants_color(sys.stdout), starts))
-    sys.stdout.flush()
 
 
 def wants_color(stream) -> bool:
@@ -121,6 +124,4 @@ def wants_color(stream) -> bool:
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
-    main()
+    sys.exit(main())
