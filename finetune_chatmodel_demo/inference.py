@@ -16,13 +16,12 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-if not __package__:  # run as a script: find the package, and let nothing in its folder shadow an installed one
-    _folder = Path(__file__).resolve().parent
-    sys.path[:] = [str(_folder.parent), *(entry for entry in sys.path if entry != str(_folder))]
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from finetune_chatmodel_demo.common.cli import run_program
 from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.generation.choose import ModelChoice, add_model_arguments, choose_model, load_choice
-from finetune_chatmodel_demo.generation.errors import run_and_explain
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -33,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_model_arguments(parser)
     add = parser.add_argument
-    add("--prompt", metavar="TEXT", help="answer this and leave")
+    add("--prompt", action="append", metavar="TEXT", help="answer this and leave; several are answered one by one")
     add("--system", metavar="TEXT", help="system prompt")
     add("--max-new-tokens", "--max_new_tokens", type=int, default=128, metavar="N", help="longest reply (128)")
     add("--do-sample", "--do_sample", action="store_true", help="sample; each of the next three implies it")
@@ -94,9 +93,10 @@ def chat(arguments: argparse.Namespace) -> None:
     """Load and answer: one prompt, the lines of a pipe, or a person.
 
     Raises:
-        OSError, ValueError: something that the user gave cannot be used.
+        OSError, UserError: something that the user gave cannot be used.
     """
-    if arguments.prompt is not None and not arguments.prompt.strip():
+    prompts = arguments.prompt or []
+    if not all(prompt.strip() for prompt in prompts):
         raise UserError("--prompt is empty; say something")
     choice = choose_model(arguments)
     for notice in choice.notices:
@@ -117,9 +117,12 @@ def chat(arguments: argparse.Namespace) -> None:
     print(describe(choice), file=sys.stderr)
     if arguments.seed is not None and not session.settings.do_sample:
         print("--seed changes nothing in greedy replies; --do-sample samples", file=sys.stderr)
-    if arguments.prompt is not None:
-        answer_lines(session, [arguments.prompt], sys.stdout)
-    elif not sys.stdin.isatty():
+    for prompt in prompts:
+        session.reset()
+        answer_lines(session, [prompt], sys.stdout)
+    if prompts:
+        return
+    if not sys.stdin.isatty():
         answer_lines(session, decode_lines(sys.stdin.buffer), sys.stdout)
     else:
         _enable_line_editing()
@@ -128,14 +131,11 @@ def chat(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run; returns the exit code of `run_and_explain`."""
-    arguments = build_parser().parse_args(argv)
+    """Runs the command line; returns the exit status of `run_program`."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    for stream in (sys.stdout, sys.stderr):
-        # A terminal that cannot show a character must not end the chat.
-        stream.reconfigure(errors="replace")
-    return run_and_explain(
-        lambda: chat(arguments), out_of_memory_advice="close other programs, or use --device cpu, which is slow"
+    return run_program(
+        lambda: chat(build_parser().parse_args(argv)),
+        out_of_memory_advice="close other programs, or use --device cpu, which is slow",
     )
 
 

@@ -25,7 +25,6 @@ from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.conversation.render import render_prompt
 from finetune_chatmodel_demo.generation import choose as choosing
 from finetune_chatmodel_demo.generation.choose import choose_model
-from finetune_chatmodel_demo.generation.errors import run_and_explain
 from finetune_chatmodel_demo.generation.replies import read_reply
 from finetune_chatmodel_demo.generation.session import ChatSession
 from finetune_chatmodel_demo.generation.terminal import HELP, TerminalChat
@@ -214,8 +213,8 @@ def test_an_adapter_knows_that_its_base_was_quantized(tmp_path, base):
 def test_reward_models_do_not_chat(capsys, tmp_path, base):
     folder = make_adapter(tmp_path / "adapter", base, head="score")
     code, _, err = run_main(capsys, "--adapter", folder, "--prompt", "x")
-    assert (code, err.splitlines()[-1]) == (
-        2,
+    assert code == 2
+    assert err.splitlines()[-1].endswith(
         f"error: {folder} belongs to a reward model (stage rm): it scores texts and cannot write any",
     )
     whole = tmp_path / "whole"
@@ -276,17 +275,29 @@ def test_a_tokenizer_of_another_model_is_refused(capsys, tmp_path, tiny_folder):
     assert "only 300; use the tokenizer that belongs to the model" in err
 
 
-def test_a_full_gpu_is_explained_and_our_own_faults_are_not_hidden(capsys):
-    def fail(error):
-        raise error
+def test_a_full_gpu_is_explained(capsys, monkeypatch, base):
+    def fail(*arguments, **options):
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
 
-    full = torch.OutOfMemoryError("tried to allocate 2 GiB")
-    assert run_and_explain(lambda: fail(full), out_of_memory_advice="use less") == 2
-    expected = "error: the GPU's memory is full (tried to allocate 2 GiB); use less\n"
-    assert capsys.readouterr().err == expected
-    assert run_and_explain(lambda: fail(KeyboardInterrupt()), out_of_memory_advice="") == 130
-    with pytest.raises(RuntimeError, match="a fault"):
-        run_and_explain(lambda: fail(RuntimeError("a fault")), out_of_memory_advice="")
+    monkeypatch.setattr(inference, "load_choice", fail)
+    code, _, err = run_main(capsys, "--model", base, "--prompt", "x")
+    assert code == 2
+    assert "the memory is full (tried to allocate 2 GiB); close other programs" in err.splitlines()[-1]
+
+
+def test_several_prompts_are_answered_one_by_one(capsys, base, prefix):
+    flags = ("--model", base, "--pt-checkpoint", prefix, "--max-new-tokens", "8")
+    questions = ("皮卡丘是什么？", "妙蛙种子是什么？")
+    alone = [run_main(capsys, *flags, "--prompt", question)[1] for question in questions]
+    code, out, _ = run_main(capsys, *flags, "--prompt", questions[0], "--prompt", questions[1])
+    assert (code, out) == (0, "".join(alone))
+
+
+def test_a_flag_that_would_win_over_its_twin_is_refused(capsys, base):
+    with pytest.raises(SystemExit) as stopped:
+        run_main(capsys, "--adapter", "a", "--adapter", "b", "--prompt", "x")
+    assert stopped.value.code == 2
+    assert "--adapter is given twice (a, then b)" in capsys.readouterr().err
 
 
 # --- one shot and pipes

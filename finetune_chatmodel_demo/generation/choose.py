@@ -56,8 +56,21 @@ class ModelChoice:
         return PREFIX if self.prefix else ADAPTER if self.adapter else None
 
 
+class _Once(argparse.Action):
+    """Keeps a value; a second one would win without a word, and is refused."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        if getattr(namespace, self.dest) != self.default:
+            parser.error(f"{option_string} is given twice ({getattr(namespace, self.dest)}, then {values}); give one")
+        setattr(namespace, self.dest, values)
+
+
 def add_flag(group: Any, *flags: str, **options: Any) -> None:
-    """Adds a flag to a parser or a group of one, in both spellings: --max-new-tokens and --max_new_tokens."""
+    """Adds a flag to a parser or a group of one, in both spellings: --max-new-tokens and --max_new_tokens.
+
+    It may be given once, unless `options` name an action of their own.
+    """
+    options.setdefault("action", _Once)
     group.add_argument(*(f"--{name}" for flag in flags for name in _spellings(flag.removeprefix("--"))), **options)
 
 
