@@ -195,3 +195,16 @@ def test_a_call_with_words_in_front_of_it_is_two_messages(tmp_path):
     path = write_jsonl(tmp_path / "x.jsonl", [{"messages": [user("q"), said, message("tool", "r"), assistant("a")]}])
     expected = {"role": "tool", "name": "f", "parameters": {}, "observation": "r"}
     assert list(read_records(path)) == [conversation(user("q"), assistant("我查一下。"), expected, assistant("a"))]
+
+
+@pytest.mark.parametrize("bad", ["[" * 3000 + "]" * 3000, '{"n": ' + "1" * 5000 + "}"])
+def test_lines_that_no_parser_takes_are_bad_records(tmp_path, bad):
+    from finetune_chatmodel_demo.conversation import RecordError, read_records
+
+    good = '{"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}'
+    path = tmp_path / "x.jsonl"
+    path.write_text(f"{good}\n{bad}\n{good}\n", encoding="utf-8")
+    skipping = read_records(path, on_bad_record="skip")
+    assert len(list(skipping)) == 2 and skipping.bad_count == 1 and "line 2: " in skipping.bad_messages[0]
+    with pytest.raises(RecordError, match=r"line 2: .*--on_bad_record skip"):
+        list(read_records(path))

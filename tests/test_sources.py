@@ -145,7 +145,7 @@ def test_a_bad_row_is_named_or_counted(folder: Path, extension: str):
     places = {"json": "record 3 (line 1)", "jsonl": "line 3", "xlsx": "row 4", "parquet": "row 3"}
     place = places.get(extension, "line 4")
     message = f"{folder}/a.{extension} {place}: 'output' is empty; a reply needs text"
-    assert str(caught.value) == message
+    assert str(caught.value).startswith(message)
     source = open_one(folder, file_name=f"a.{extension}", options={"on_bad_record": "skip"})
     assert asked(source) == [EXPECTED[0], EXPECTED[1], EXPECTED[3]]
     assert (source.bad_count, source.bad_messages) == (1, [message])
@@ -171,7 +171,7 @@ def test_a_broken_conversation_is_reported_with_its_index(folder: Path):
     )
     with pytest.raises(UserError) as caught:
         list(open_one(folder, file_name="a.json", formatting="sharegpt"))
-    assert str(caught.value) == message
+    assert str(caught.value).startswith(message)
     source = open_one(folder, file_name="a.json", formatting="sharegpt", options={"on_bad_record": "skip"})
     assert asked(source) == [("问", "答")] * 2
     assert source.bad_messages == [message]

@@ -118,6 +118,10 @@ def _parse(decoder: _Decoder, text: str) -> tuple[Any, str | None]:
         if text[error.pos :].startswith(","):
             remedy = "; write no comma between the lines, or put all records into one array"
         return None, f"not valid JSON: {error.msg} at character {error.pos + 1}, near {near!r}{remedy}"
+    except RecursionError:
+        return None, "lists or objects are nested too deeply to be read"
+    except ValueError as error:  # an integer of thousands of digits
+        return None, f"a number cannot be read: {error}"
 
 
 def _depth_change(text: str) -> int | None:

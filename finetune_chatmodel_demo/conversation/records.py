@@ -128,9 +128,11 @@ class RecordSource(SkipsBadRecords):
                     raise RecordError(f"{where}: {located.problem}")
                 record = self._convert(located.value, where)
                 validate_record(record, self.kind, where)
-            except RecordError as error:
+            except (RecordError, RecursionError) as error:
+                if isinstance(error, RecursionError):
+                    error = RecordError(f"{where}: lists or objects are nested too deeply")
                 if self.on_bad_record == "error":
-                    raise
+                    raise RecordError(f"{error} (--on_bad_record skip goes on without such records)") from None
                 self.note_bad(str(error))
                 continue
             good_count += 1
