@@ -151,7 +151,6 @@ def test_the_settings_of_qlora_are_xtuners(model, tmp_path):
 ORDER = sorted(NAMES, key=lambda name: (name in STARTS_FROM, name))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ORDER)
 def test_every_file_runs(name, model, outputs):
     """Two steps of a small model; results of rm and sft are what dpo and ppo start from."""

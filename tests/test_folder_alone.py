@@ -18,8 +18,6 @@ RECORD = (
 # What remains of the original's folder when ours is copied over it instead of replacing it.
 LEFT_FROM_THE_ORIGINAL = ("arguments.py", "trainer.py", "preprocess_utils.py", "finetune.sh")
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:

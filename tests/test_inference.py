@@ -458,7 +458,6 @@ def test_ctrl_c_ends_the_reply_and_not_the_program(prefix_model, tokenizer):
     assert session.history[0] == user("一")
 
 
-@pytest.mark.slow
 def test_ctrl_c_in_a_real_terminal(base, prefix):
     master, slave = pty.openpty()
     flags = ["--pt-checkpoint", prefix, "--max-new-tokens", "200", "--device", "cpu"]

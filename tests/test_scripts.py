@@ -354,7 +354,6 @@ def test_scripts_can_be_run(script):
     subprocess.run(["bash", "-n", path], check=True)
 
 
-@pytest.mark.slow
 def test_the_pokemon_script_trains_on_two_processes(tmp_path, tiny_folder):
     """A real run, from another folder, with the demo's folder copied alone into another checkout."""
     checkout = tmp_path / "checkout"

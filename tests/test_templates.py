@@ -249,7 +249,6 @@ def overfit(folder: Path, tokenizer_folder: Path, records: list[dict], **flags) 
     return folder / "out"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("template", ["default", "raw"])
 def test_a_model_is_asked_in_the_template_that_it_was_trained_in(tiny_folder, tmp_path, monkeypatch, capsys, template):
     from finetune_chatmodel_demo import inference
@@ -266,7 +265,6 @@ def test_a_model_is_asked_in_the_template_that_it_was_trained_in(tiny_folder, tm
         assert capsys.readouterr().out.split() == [each["content"] for each in rounds[1::2]]
 
 
-@pytest.mark.slow
 def test_a_trained_call_stops_at_the_observation_token_and_parses(tiny_folder, tmp_path):
     from finetune_chatmodel_demo.chatglm3 import load_model, load_tokenizer
     from finetune_chatmodel_demo.generation.session import ChatSession

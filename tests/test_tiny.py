@@ -253,7 +253,6 @@ def test_rate_warms_up_and_falls() -> None:
     assert rates.index(max(rates)) == tiny_training.WARMUP_STEPS - 1
 
 
-@pytest.mark.slow
 def test_base_knows_the_facts(tiny_folder: Path, model: ChatGLM3ForCausalLM, tokenizer: ChatGLMTokenizer) -> None:
     recall = tiny_recall.measure_recall(model, tokenizer, seed=5)
     assert recall["question"]["all"] >= 0.99
@@ -281,7 +280,6 @@ def test_show_prints_documents(capsys: pytest.CaptureFixture[str]) -> None:
     assert tiny_corpus.VALUE_START not in printed
 
 
-@pytest.mark.slow
 def test_build_program_writes_a_whole_folder(tmp_path: Path) -> None:
     command = [sys.executable, str(BUILD_PROGRAM), "--output", str(tmp_path / "new"), "--steps", "3", "--threads", "1"]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=tmp_path, check=False)
