@@ -128,7 +128,7 @@ def test_lora_says_what_it_is(model, data, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"finetuning_type": "lora", "lora_target": "q_prj"}, "no linear module 'q_prj'; did you mean q_proj?"),
+        ({"finetuning_type": "lora", "lora_target": "q_prj"}, "no linear module 'q_prj'; did you mean 'q_proj'"),
         ({"finetuning_type": "lora", "lora_rank": 0}, "--lora_rank is 0; it must be at least 1"),
         ({"finetuning_type": "lora", "pre_seq_len": 8}, "--pre_seq_len belongs to P-Tuning v2"),
         ({"finetuning_type": "full", "lora_rank": 8}, "--lora_rank belongs to LoRA: add --finetuning_type lora"),

@@ -151,14 +151,14 @@ def test_the_settings_of_the_run_hold(options, consistent, tiny_folder, tmp_path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"overfit_check": 0}, "--overfit_check is 0; give a number of rows"),
+        ({"overfit_check": 0}, "--overfit_check is 0; it must be at least 1"),
         ({"stage": "pt"}, "--overfit_check looks at replies: use it with --stage sft"),
         ({"streaming": True}, "drop --streaming"),
         ({"do_predict": True, "val_size": 1}, "drop --do_predict"),
     ],
 )
 def test_impossible_checks_are_refused(options, message, consistent, model, tmp_path, capsys):
-    assert check(model, consistent, tmp_path / "o", **options) == 1
+    assert check(model, consistent, tmp_path / "o", **options) == 2
     assert message in capsys.readouterr().err
 
 

@@ -145,10 +145,10 @@ def test_the_tree_is_the_repository(readme: str):
 
 
 @functools.cache
-def help_of(program: str) -> str:
+def help_of(program: str, *subcommand: str) -> str:
     """What `--help` prints, with all flags of transformers for finetune.py; plan_memory.py takes its flags as well."""
     flag = "--help_all" if program.endswith("finetune.py") else "--help"
-    command = [sys.executable, str(REPOSITORY / program), flag]
+    command = [sys.executable, str(REPOSITORY / program), *subcommand, flag]
     text = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True).stdout
     return text + (help_of("finetune_chatmodel_demo/finetune.py") if program.endswith("plan_memory.py") else "")
 
@@ -163,9 +163,12 @@ def test_programs_and_flags_exist(readme: str):
             assert existing, f"{readme} line {line}: {program} does not exist"
             if not program.endswith(".py"):
                 continue
+            subcommand = words[words.index(program) + 1 :][:1] if program.endswith("knowledge_base.py") else ()
             for flag in (word.partition("=")[0] for word in words if word.startswith("--")):
                 pattern = rf"(?<![\w-]){re.escape(flag)}(?![\w-])"
-                assert re.search(pattern, help_of(existing[0])), f"{readme} line {line}: {program} has no {flag}"
+                assert re.search(pattern, help_of(existing[0], *subcommand)), (
+                    f"{readme} line {line}: {program} has no {flag}"
+                )
 
 
 def environment_of(copy: Path) -> dict[str, str]:

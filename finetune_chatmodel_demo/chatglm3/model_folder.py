@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import GenerationConfig
 
 from finetune_chatmodel_demo.chatglm3.configuration import ChatGLM3Config
 from finetune_chatmodel_demo.chatglm3.weights import query_key_value_rows, read_pickle
@@ -151,14 +152,34 @@ def check_model_folder(folder: str | Path) -> None:
     if not (folder / "config.json").is_file():
         return
     config = read_model_config(folder)
-    for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
         if (folder / name).is_file():
             read_json_object(folder / name)
+    check_generation_config(folder / "generation_config.json")
     shapes: dict[str, tuple[int, ...]] = {}
     for file in weight_files(folder):
         shapes |= read_shapes(file)
     if shapes and not getattr(config, "quantization_config", None):
         _check_shapes(folder, config, shapes)
+
+
+def check_generation_config(file: Path) -> None:
+    """Refuses a generation_config.json whose values transformers would stumble over while it generates.
+
+    Raises:
+        UserError: an id is no number, or transformers refuses the file.
+    """
+    if not file.is_file():
+        return
+    values = read_json_object(file)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = values.get(name)
+        if not all(each is None or type(each) is int for each in (value if isinstance(value, list) else [value])):
+            raise UserError(f"{file}: {name} is {value!r}; it must be a number or a list of numbers, {REPAIR}")
+    try:
+        GenerationConfig.from_dict(values)
+    except Exception as error:  # it refuses values in many ways
+        raise UserError(f"{file} cannot be used ({_first_line(error)}); {REPAIR}") from error
 
 
 def check_tokenizer_folder(folder: Path) -> None:

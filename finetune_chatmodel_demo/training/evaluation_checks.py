@@ -75,8 +75,6 @@ def check_overfit_check(settings: Settings) -> None:
     run, given = settings.run, settings.given
     if run.overfit_check is None:
         return
-    if run.overfit_check < 1:
-        raise UserError(f"--overfit_check is {run.overfit_check}; give a number of rows, e.g. 8")
     if settings.stage.stage != "sft":
         raise UserError(f"--overfit_check looks at replies: use it with --stage sft, not {settings.stage.stage}")
     for flag in ("deepspeed", "streaming", "do_predict", "do_eval"):
