@@ -1,6 +1,7 @@
 """Talks with ChatGLM3, with a P-Tuning v2 prefix, a LoRA adapter, or as it is.
 
     python finetune_chatmodel_demo/inference.py --pt-checkpoint output/pokemon --model THUDM/chatglm3-6b
+    python finetune_chatmodel_demo/inference.py output/pokemon --prompt 皮卡丘是什么属性？
     python finetune_chatmodel_demo/inference.py --adapter output/pokemon_lora --quantization-bit 4
     python finetune_chatmodel_demo/inference.py --pt-checkpoint output/pokemon --prompt 皮卡丘是什么属性？
     cat questions.txt | python finetune_chatmodel_demo/inference.py --pt-checkpoint output/pokemon
@@ -21,7 +22,13 @@ if __name__ == "__main__":
 
 from finetune_chatmodel_demo.common.cli import run_program
 from finetune_chatmodel_demo.common.errors import UserError
-from finetune_chatmodel_demo.generation.choose import ModelChoice, add_model_arguments, choose_model, load_choice
+from finetune_chatmodel_demo.generation.choose import (
+    ModelChoice,
+    add_model_arguments,
+    choose_model,
+    load_choice,
+    use_result,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -30,6 +37,8 @@ def build_parser() -> argparse.ArgumentParser:
         description="Talk with ChatGLM3, with a P-Tuning v2 prefix, a LoRA adapter, or as it is. In a terminal: a "
         "chat. With --prompt: one answer. Prompts piped through standard input, one a line, form one conversation.",
     )
+    parser.add_argument("folder", nargs="?", metavar="DIR", help="the --output_dir of a run, or a model's folder: what "
+                        "it holds says which of the next three flags it is")  # fmt: skip
     add_model_arguments(parser)
     add = parser.add_argument
     add("--prompt", action="append", metavar="TEXT", help="answer this and leave; several are answered one by one")
@@ -98,6 +107,8 @@ def chat(arguments: argparse.Namespace) -> None:
     prompts = arguments.prompt or []
     if not all(prompt.strip() for prompt in prompts):
         raise UserError("--prompt is empty; say something")
+    if arguments.folder is not None:
+        use_result(arguments, arguments.folder)
     choice = choose_model(arguments)
     for notice in choice.notices:
         print(notice, file=sys.stderr)

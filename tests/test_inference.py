@@ -293,6 +293,27 @@ def test_several_prompts_are_answered_one_by_one(capsys, base, prefix):
     assert (code, out) == (0, "".join(alone))
 
 
+def test_the_folder_of_a_run_is_enough(capsys, base, prefix, tmp_path):
+    question = ("--prompt", "皮卡丘是什么？", "--max-new-tokens", "8")
+    for folder, flag, rest in ((prefix, "--pt-checkpoint", ("--model", base)), (base, "--model_name_or_path", ())):
+        assert run_main(capsys, folder, *rest, *question)[:2] == run_main(capsys, flag, folder, *rest, *question)[:2]
+    (tmp_path / "x.txt").write_text("x")
+    for words, told in (
+        ((tmp_path,), "holds no model, prefix or adapter: it holds x.txt"),
+        ((tmp_path / "nowhere",), "is not a folder"),
+        ((prefix, "--pt-checkpoint", prefix), "--pt-checkpoint is given as well"),
+    ):
+        code, _, err = run_main(capsys, *words, *question)
+        assert code == 2 and told in err.splitlines()[-1]
+
+
+def test_a_misspelt_local_folder_is_not_looked_up_on_the_hub(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "output").mkdir()
+    code, _, err = run_main(capsys, "--model", "output/x", "--prompt", "x")
+    assert code == 2 and "output/x is not a folder" in err.splitlines()[-1]
+
+
 def test_a_flag_that_would_win_over_its_twin_is_refused(capsys, base):
     with pytest.raises(SystemExit) as stopped:
         run_main(capsys, "--adapter", "a", "--adapter", "b", "--prompt", "x")

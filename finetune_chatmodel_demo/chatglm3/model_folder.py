@@ -60,8 +60,13 @@ def check_folder(path: str | Path, file: str) -> None:
         if not (folder / file).is_file():
             there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
             raise FileNotFoundError(f"{folder} has no {file} (found: {there}). {DOWNLOAD_HINT}")
-    elif folder.is_absolute() or len(folder.parts) != 2 or str(path).startswith("."):
+    elif folder.is_absolute() or len(folder.parts) != 2 or str(path).startswith(".") or _is_below_a_folder(folder):
         raise FileNotFoundError(f"{folder} is not a folder. {DOWNLOAD_HINT}")
+
+
+def _is_below_a_folder(path: Path) -> bool:
+    """Whether `output/x` is a misspelt folder rather than a hub name; THUDM is a folder here and a name on the hub."""
+    return path.parts[0] != "THUDM" and Path(path.parts[0]).is_dir()
 
 
 def read_model_config(path: str | Path) -> ChatGLM3Config:

@@ -84,8 +84,9 @@ def add_model_arguments(group: Any) -> None:
              "newest checkpoint is used then)")  # fmt: skip
     add_flag(group, "--adapter", "--adapter-name-or-path", "--adapter-checkpoint", metavar="DIR", help="LoRA adapter "
              "of this project or of the original code, or the --output_dir of a run")  # fmt: skip
-    add_flag(group, "--model", metavar="DIR", help="base model, or a fully fine-tuned one (default: the one that the "
-             "checkpoint was trained on, else THUDM/chatglm3-6b, else THUDM/chatglm3-tiny)")  # fmt: skip
+    add_flag(group, "--model", "--model-name-or-path", metavar="DIR", help="base model, or a fully fine-tuned one "
+             "(default: the one that the checkpoint was trained on, else THUDM/chatglm3-6b, else "
+             "THUDM/chatglm3-tiny)")  # fmt: skip
     add_flag(group, "--tokenizer", metavar="DIR", help="folder with tokenizer.model (default: the same as --model)")
     add_flag(group, "--pt-pre-seq-len", type=int, metavar="N", help="check that the prefix has this length; the "
              "checkpoint knows its own")  # fmt: skip
@@ -278,6 +279,24 @@ def find_folder(path: str) -> str:
         if candidate.is_dir():
             return str(candidate)
     return path
+
+
+def use_result(arguments: argparse.Namespace, path: str) -> None:
+    """Reads a run's result as the flag that its content asks for: `inference.py OUTPUT_DIR`, as the later demo has it.
+
+    Raises:
+        UserError: there is no such folder, it holds no result, or the flag is given as well.
+    """
+    folder = Path(find_folder(path))
+    if not folder.is_dir():
+        raise UserError(f"{path} is not a folder; give the --output_dir of a run, or a model's folder")
+    kind, _ = identify(folder)
+    if kind is None:
+        raise UserError(f"{path} holds no model, prefix or adapter: it holds {list_files(folder)}")
+    name = {MODEL: "model", PREFIX: "pt_checkpoint", ADAPTER: "adapter"}[kind]
+    if getattr(arguments, name) is not None:
+        raise UserError(f"{path} is {TITLES[kind]}, and {FLAGS.get(kind, '--model')} is given as well; give one")
+    setattr(arguments, name, str(folder))
 
 
 def identify(folder: Path) -> tuple[str | None, Path]:
