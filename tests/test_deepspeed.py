@@ -507,6 +507,28 @@ def test_a_planted_pickle_is_refused_unread(name, tmp_path):
         check_pickles(tmp_path)
 
 
+class CallsGetattr:
+    """Pickled, it is a call of getattr, as members of enumerations are under Python 3.11.0 to 3.11.3."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __reduce__(self):
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+
+        return getattr, (ZeroStageEnum, self.name)
+
+
+def test_of_getattr_only_members_of_enumerations_are_data(tmp_path):
+    file = tmp_path / "global_step2" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    file.parent.mkdir()
+    torch.save({"zero_stage": CallsGetattr("gradients")}, file)
+    check_pickles(tmp_path)
+    torch.save({"zero_stage": CallsGetattr("__init__")}, file)
+    with pytest.raises(UserError, match=r"holds more than data \(builtins\.getattr\)"):
+        check_pickles(tmp_path)
+
+
 @pytest.mark.parametrize("tag", ["../elsewhere", "/elsewhere", "global_step2/../../elsewhere"])
 def test_a_tag_that_leads_out_of_the_checkpoint_is_refused(tag, tmp_path):
     (tmp_path / "latest").write_text(tag)

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -32,7 +33,7 @@ from finetune_chatmodel_demo.chatglm3.prefix_files import read_prefix_config
 from finetune_chatmodel_demo.common.errors import UserError
 from finetune_chatmodel_demo.training.arguments import FREEZE, FULL, LORA, P_TUNING
 from finetune_chatmodel_demo.training.methods import add_new_adapter, freeze_rest, train_in_float32
-from finetune_chatmodel_demo.training.settings import Settings
+from finetune_chatmodel_demo.training.settings import DEFAULT_PRE_SEQ_LEN, Settings
 from finetune_chatmodel_demo.training.zero import Zero
 
 GIB = 2**30
@@ -187,8 +188,9 @@ def build_model(step: Step) -> nn.Module:
     with torch.device("meta"):
         model: Any = MODEL_CLASSES[head](config).to(getattr(torch, step.precision) if is_half else torch.float32)
         if step.method == P_TUNING:
-            length = settings.pre_seq_len or read_prefix_config(settings.model.ptuning_checkpoint).pre_seq_len
-            model.add_prefix(length, settings.model.prefix_projection)
+            start = settings.model.ptuning_checkpoint  # of a run that may not have been made yet
+            found = read_prefix_config(start).pre_seq_len if start and Path(start).is_dir() else DEFAULT_PRE_SEQ_LEN
+            model.add_prefix(settings.pre_seq_len or found, settings.model.prefix_projection)
         elif step.method == LORA:
             model = add_new_adapter(model, settings.tuning)
         elif step.method == FREEZE:

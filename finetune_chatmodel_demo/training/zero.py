@@ -5,6 +5,7 @@ ZeRO-3   the weights are shared out as well, from the moment they are loaded
 """
 
 import contextlib
+import enum
 import importlib
 import json
 import logging
@@ -127,6 +128,17 @@ def gather_parameters(model: nn.Module, *, only_trained: bool = False) -> dict[s
     return state
 
 
+def _member_of(kind: Any, name: Any) -> Any:
+    """Stands for `getattr` while a pickle is checked: members of an enumeration, and nothing else.
+
+    Raises:
+        TypeError: it would be another attribute.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, enum.Enum) and name in kind.__members__):
+        raise TypeError(f"GLOBAL builtins.getattr of {kind}")
+    return kind.__members__[name]
+
+
 def check_pickles(checkpoint: Path, is_trusted: bool = False) -> None:
     """Refuses a checkpoint whose DeepSpeed files hold anything but data, before DeepSpeed, which runs it, opens them.
 
@@ -143,7 +155,8 @@ def check_pickles(checkpoint: Path, is_trusted: bool = False) -> None:
         tag = (checkpoint / name).read_text(encoding="utf-8").strip() if (checkpoint / name).is_file() else ""
         if Path(tag).is_absolute() or ".." in Path(tag).parts:
             raise UserError(f"{checkpoint / name} leads out of the checkpoint, to {tag!r}; it is not read")
-    known = []
+    # Python 3.11.0 to 3.11.3 pickles a member of an enumeration as a call of getattr.
+    known: list[Any] = [(_member_of, "builtins.getattr")]
     for module, names in HARMLESS.items():
         with contextlib.suppress(ImportError, AttributeError):  # versions of DeepSpeed differ
             known += [getattr(importlib.import_module(module), each) for each in names]
